@@ -1,0 +1,109 @@
+"""Which implementation of an op runs: the only place in the package that looks at devices.
+
+Every op has three implementations under one public function: `naive` (a loop in fp32 or fp64, the oracle), `torch`
+(matrix products, any device) and `triton` (NVIDIA and AMD GPUs). `auto` takes Triton for GPU tensors where Triton can be
+imported and supports the arguments, the torch path otherwise, and says so once when a GPU tensor takes the slow road.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import warnings
+from contextlib import ContextDecorator
+
+import torch
+
+BACKENDS = ('auto', 'naive', 'torch', 'triton')
+
+_forced = 'auto'
+_told: set[str] = set()
+
+
+class kernel_backend(ContextDecorator):  # noqa: N801  used like a function: zoo.kernel_backend('torch')
+    """Force one implementation of the kernels, as a call or as a context manager.
+
+    Args:
+        name: `auto`, `naive`, `torch` or `triton`.
+
+    Raises:
+        ValueError: for any other name.
+    """
+
+    def __init__(self, name: str):
+        global _forced
+        if name not in BACKENDS:
+            raise ValueError(f'kernel_backend({name!r}): expected one of {", ".join(BACKENDS)}')
+        self._previous = _forced
+        _forced = name
+
+    def __enter__(self) -> kernel_backend:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        global _forced
+        _forced = self._previous
+
+
+@functools.cache
+def triton_module(family: str):
+    """The module `zoo.kernels._triton.<family>`, or None where Triton is not installed."""
+    if importlib.util.find_spec('triton') is None:
+        return None
+    return importlib.import_module(f'zoo.kernels._triton.{family}')
+
+
+def _interpreting() -> bool:
+    """Whether Triton's interpreter is on (tests only): kernels then run on CPU tensors."""
+    if importlib.util.find_spec('triton') is None:
+        return False
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+def _why_not_triton(family: str, tensors: tuple[torch.Tensor, ...], unsupported: str | None) -> str | None:
+    """The reason Triton cannot take these tensors, or None when it can."""
+    if not tensors[0].is_cuda and not _interpreting():
+        return f'{tensors[0].device.type} tensors'
+    if triton_module(family) is None:
+        return 'triton is not installed (pip install triton)'
+    if tensors[0].is_cuda and not torch.version.hip and torch.cuda.get_device_capability(tensors[0].device) < (7, 5):
+        return 'compute capability below 7.5'
+    return unsupported
+
+
+def select(family: str, *tensors: torch.Tensor, unsupported: str | None = None) -> str:
+    """Name the implementation that an op of `family` takes for these tensors.
+
+    Args:
+        family: file name of the op under `kernels/`, such as `gla`.
+        tensors: the op's tensor arguments, all on one device.
+        unsupported: why the Triton kernels of this op cannot take these arguments, if they cannot.
+
+    Raises:
+        RuntimeError: if `kernel_backend('triton')` is forced and Triton cannot run.
+    """
+    if _forced in ('naive', 'torch'):
+        return _forced
+    reason = _why_not_triton(family, tensors, unsupported)
+    if _forced == 'triton':
+        if reason:
+            raise RuntimeError(f"kernel_backend('triton') is set but {family} cannot use it: {reason}")
+        return 'triton'
+    if reason is None and tensors[0].is_cuda:
+        return 'triton'
+    if tensors[0].is_cuda and f'{family}:{reason}' not in _told:
+        _told.add(f'{family}:{reason}')
+        warnings.warn(f'zoo.kernels.{family}: using the slower torch path on the GPU: {reason}', stacklevel=3)
+    return 'torch'
+
+
+def explain(family: str, device: str) -> str:
+    """One line for bug reports: the path that `family` takes on `device` and why."""
+    if _forced != 'auto':
+        return f"{_forced}: forced by kernel_backend('{_forced}')"
+    probe = torch.empty(0, device=device)
+    reason = _why_not_triton(family, (probe,), None)
+    return f'torch: {reason}' if reason else 'triton: GPU tensors and triton is installed'
