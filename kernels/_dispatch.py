@@ -21,7 +21,7 @@ _forced = 'auto'
 _told: set[str] = set()
 
 
-class kernel_backend(ContextDecorator):  # noqa: N801  used like a function: zoo.kernel_backend('torch')
+class kernel_backend(ContextDecorator):
     """Force one implementation of the kernels, as a call or as a context manager.
 
     Args:
@@ -72,6 +72,16 @@ def _why_not_triton(family: str, tensors: tuple[torch.Tensor, ...], unsupported:
     if tensors[0].is_cuda and not torch.version.hip and torch.cuda.get_device_capability(tensors[0].device) < (7, 5):
         return 'compute capability below 7.5'
     return unsupported
+
+
+def forced() -> str:
+    """The backend set by `kernel_backend`, `auto` by default."""
+    return _forced
+
+
+def may_use_triton(tensor: torch.Tensor) -> bool:
+    """Whether the Triton kernels have to be looked at for this tensor at all (saves their import on a CPU)."""
+    return _forced in ('auto', 'triton') and (tensor.is_cuda or _interpreting())
 
 
 def select(family: str, *tensors: torch.Tensor, unsupported: str | None = None) -> str:
