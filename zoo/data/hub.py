@@ -1,0 +1,153 @@
+"""Image data sets in the Hugging Face format: a hub name, or parquet files on disk."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from zoo.data.base import ImageData, Subset, hold_out
+from zoo.errors import ZooError
+
+
+class _Rows:
+    """A split of a data set, images decoded one by one so that a bad one can be named.
+
+    Args:
+        rows: The data set, its image column not decoded.
+        image: Name of the image column.
+        label: Name of the label column.
+        to_label: Class number of a value of the label column.
+        title: What rows are called in messages.
+    """
+
+    def __init__(self, rows: Any, image: str, label: str, to_label: dict[Any, int] | None, title: str) -> None:
+        self.rows, self.image, self.label, self.to_label, self.title = rows, image, label, to_label, title
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def name(self, index: int) -> str:
+        return f'{self.title} row {index}'
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        row = self.rows[index]
+        value, label = row[self.image], row[self.label]
+        image = Image.open(io.BytesIO(value['bytes']) if value.get('bytes') else value['path'])
+        image.load()
+        return image, self.to_label[label] if self.to_label else int(label)
+
+
+class HubImages(ImageData):
+    """A Hugging Face data set with an image column and a label column. Code from the hub is never run.
+
+    Args:
+        path: Hub name (uoft-cs/cifar10), or a folder or file of parquet.
+        name: Configuration of the hub data set.
+        train: Split to train on; for local parquet also the beginning of the file names.
+        val: Split to validate on; where it is missing a part of the training split is held out.
+        test: Split to test on.
+        image_column: Found by its type where not given.
+        label_column: Found by its type where not given.
+        val_fraction: Share of the training images held out where there is no validation split.
+        cache_dir: Where downloads are kept; the default is Hugging Face's.
+        kwargs: See ImageData.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        name: str | None = None,
+        train: str = 'train',
+        val: str = 'validation',
+        test: str = 'test',
+        image_column: str | None = None,
+        label_column: str | None = None,
+        val_fraction: float = 0.1,
+        cache_dir: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.path, self.name, self.val_fraction, self.cache_dir = path, name, val_fraction, cache_dir
+        self.split_names = {'train': train, 'val': val, 'test': test}
+        self.image_column, self.label_column = image_column, label_column
+
+    def open_splits(self) -> None:
+        tables = self._load()
+        found = {split: tables[name] for split, name in self.split_names.items() if name in tables}
+        if 'train' not in found and 'val' not in found and 'test' not in found:
+            raise ZooError(f'{self.path} has the splits {", ".join(tables)}; name yours with --data.train and so on')
+        features = next(iter(found.values())).features
+        image, label = self._columns(features)
+        to_label = self._read_classes(found, label)
+        for split, rows in found.items():
+            rows = rows.cast_column(image, _undecoded())
+            self.splits[split] = _Rows(rows, image, label, to_label, f'{self.path} {self.split_names[split]}')
+        if 'val' not in self.splits and 'train' in self.splits:
+            whole = self.splits['train']
+            kept, held = hold_out(len(whole), self.val_fraction)
+            self.splits['train'], self.splits['val'] = Subset(whole, kept), Subset(whole, held)
+
+    def _load(self) -> Any:
+        try:
+            import datasets
+        except ImportError as error:
+            raise ZooError('this data set needs the extra "data": pip install "linear-zoo[data]"') from error
+        local = Path(self.path).expanduser()
+        if not local.exists():
+            if self.path.startswith(('.', '/', '~')) or self.path.count('/') > 1:
+                raise ZooError(f'no such file or folder: {self.path}')
+            try:
+                return datasets.load_dataset(self.path, self.name, cache_dir=self.cache_dir)
+            except Exception as error:  # the hub client raises a dozen types; the user needs the name and the cause
+                raise ZooError(f'cannot load the data set {self.path}: {type(error).__name__}: {error}') from error
+        files = [local] if local.is_file() else sorted(local.rglob('*.parquet'))
+        by_split: dict[str, list[str]] = {}
+        for name in self.split_names.values():
+            matching = [str(f) for f in files if f.name.startswith(name)]
+            if matching:
+                by_split[name] = matching
+        if local.is_file() and not by_split:
+            by_split = {self.split_names['train']: [str(local)]}
+        if not by_split:
+            wanted = ', '.join(f'{n}*.parquet' for n in self.split_names.values())
+            raise ZooError(f'{local} holds none of {wanted}')
+        return datasets.load_dataset('parquet', data_files=by_split, cache_dir=self.cache_dir)
+
+    def _columns(self, features: Any) -> tuple[str, str]:
+        import datasets
+
+        def is_image(feature: Any) -> bool:
+            if isinstance(feature, datasets.Image):
+                return True
+            return isinstance(feature, dict) and {'bytes', 'path'} <= set(feature)
+
+        images = [k for k, v in features.items() if is_image(v)]
+        labels = [k for k, v in features.items() if isinstance(v, datasets.ClassLabel)]
+        labels += [k for k in ('label', 'labels', 'fine_label') if k in features and k not in labels]
+        image = self.image_column or (images[0] if images else None)
+        label = self.label_column or (labels[0] if labels else None)
+        for column, option in ((image, 'image_column'), (label, 'label_column')):
+            if column not in features:
+                raise ZooError(
+                    f'{self.path}: set --data.{option}; the columns are {", ".join(features)}'
+                    + (f' (there is no {column})' if column else '')
+                )
+        return image, label
+
+    def _read_classes(self, found: dict[str, Any], label: str) -> dict[Any, int] | None:
+        feature = next(iter(found.values())).features[label]
+        if hasattr(feature, 'names'):
+            self.class_names = list(feature.names)
+            return None
+        values = sorted({value for rows in found.values() for value in rows.unique(label)})
+        self.class_names = [str(value) for value in values]
+        return {value: number for number, value in enumerate(values)}
+
+
+def _undecoded() -> Any:
+    import datasets
+
+    return datasets.Image(decode=False)

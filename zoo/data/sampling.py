@@ -1,0 +1,134 @@
+"""Map-style loading whose order and randomness depend on (seed, epoch, index) alone, so that it can be resumed."""
+
+from __future__ import annotations
+
+import signal
+import struct
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch.utils.data import Dataset, Sampler
+
+from zoo.data.seeding import derive_seed, keyed_randomness
+
+# what Pillow raises for files that are missing, cut off, not images, or absurdly large
+UNREADABLE = (OSError, SyntaxError, ValueError, IndexError, struct.error, Image.DecompressionBombError)
+_SUBSTITUTES = 8
+
+
+class Source(Protocol):
+    """One split of a data set: images that are decoded when asked for."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """A name that lets the user find the sample, for warnings and reports."""
+        ...
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        """The decoded image and its label."""
+        ...
+
+
+class KeyedDataset(Dataset):
+    """Loads and transforms the samples of a source; random transforms are keyed by (seed, epoch, index).
+
+    An unreadable sample does not raise: its name and error travel in `failures`, and in training another sample,
+    chosen by the index alone, takes its place so that batches keep their size.
+
+    Args:
+        source: The split.
+        transform: Image to tensor.
+        mode: Pillow mode that images are converted to.
+        seed: Seed of the run.
+        substitute: Whether to replace unreadable samples.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        transform: Callable[[Image.Image], Any],
+        mode: str = 'RGB',
+        seed: int = 0,
+        substitute: bool = False,
+    ) -> None:
+        self.source, self.transform, self.mode = source, transform, mode
+        self.seed, self.substitute = seed, substitute
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        epoch, index = key
+        failures: list[tuple[str, str]] = []
+        for attempt in range(1 + (_SUBSTITUTES if self.substitute else 0)):
+            chosen = index if attempt == 0 else derive_seed(index, attempt) % len(self.source)
+            name = self.source.name(chosen)
+            try:
+                image, target = self.source.load(chosen)
+                image = image.convert(self.mode)
+            except UNREADABLE as error:
+                failures.append((name, f'{type(error).__name__}: {error}'))
+                continue
+            with keyed_randomness(self.seed, epoch, index):
+                return {'image': self.transform(image), 'target': target, 'name': name, 'failures': failures}
+        return {'image': None, 'target': -1, 'name': '', 'failures': failures}
+
+
+def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Stacks the readable samples; a batch without any has zero rows."""
+    good = [s for s in samples if s['image'] is not None]
+    return {
+        'image': torch.stack([s['image'] for s in good]) if good else torch.zeros(0, 3, 1, 1),
+        'target': torch.tensor([s['target'] for s in good], dtype=torch.long),
+        'name': [s['name'] for s in good],
+        'failures': [f for s in samples for f in s['failures']],
+    }
+
+
+class EpochSampler(Sampler):
+    """Yields (epoch, index); the order is a function of (seed, epoch), this rank takes every world-th index.
+
+    Args:
+        length: Size of the data set.
+        seed: Seed of the run.
+        shuffle: Whether to permute; without it every index is visited once, also when ranks get unequal shares.
+        rank: This process.
+        world_size: Number of processes.
+    """
+
+    def __init__(self, length: int, seed: int, shuffle: bool, rank: int = 0, world_size: int = 1) -> None:
+        self.total, self.seed, self.shuffle = length, seed, shuffle
+        self.rank, self.world_size = rank, world_size
+        self.epoch, self.skip = 0, 0
+
+    def __len__(self) -> int:
+        if self.shuffle:
+            return self.total // self.world_size
+        return len(range(self.rank, self.total, self.world_size))
+
+    def set_epoch(self, epoch: int) -> None:
+        if epoch != self.epoch:
+            self.epoch, self.skip = epoch, 0
+
+    def resume(self, epoch: int, skip: int) -> None:
+        """Starts in `epoch` behind the first `skip` samples of this rank."""
+        self.epoch, self.skip = epoch, skip
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        # a list, not a generator: a generator would read `epoch` and `skip` when the first batch is asked for
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch))
+            order = torch.randperm(self.total, generator=generator).tolist()
+        else:
+            order = list(range(self.total))
+        mine = order[self.rank :: self.world_size][: len(self)]
+        return iter([(self.epoch, index) for index in mine[self.skip :]])
+
+
+def ignore_sigterm(worker_id: int) -> None:
+    """Worker initialiser: a scheduler signals every process, but only the main one knows how to stop cleanly."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    torch.set_num_threads(1)

@@ -1,0 +1,358 @@
+"""Image classification: any timm model, timm's recipe ingredients, resumable to the bit."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import timm
+import torch
+from lightning.pytorch import LightningModule
+from timm.data.mixup import Mixup
+from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
+from timm.utils import ModelEmaV3
+from torch import nn
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from zoo.data.seeding import run_seed, seed_all
+from zoo.errors import RunError, ZooError
+from zoo.tasks.distill import Distill, Teacher
+from zoo.tasks.nonfinite import first_nonfinite
+from zoo.tasks.optim import Optim, Schedule, UpdateSchedule, as_dataclass, as_plain, build_optimizer, lr_factor
+
+
+@dataclass
+class Mix:
+    """Mixing of images and labels within a batch (timm's Mixup).
+
+    Args:
+        mixup: Alpha of mixup; 0 is off.
+        cutmix: Alpha of cutmix; 0 is off.
+        prob: Probability of mixing a batch.
+        switch_prob: Probability of cutmix where both are on.
+        mode: One draw for the batch, for each pair, or for each element.
+    """
+
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    prob: float = 1.0
+    switch_prob: float = 0.5
+    mode: Literal['batch', 'pair', 'elem'] = 'batch'
+
+
+@dataclass
+class Ema:
+    """An exponential moving average of the weights: what validation, test and predict use where it is on.
+
+    Args:
+        decay: Share of the old average at every optimizer step.
+        warmup: Whether the decay grows from 0 (timm's warm-up), so that short runs profit too.
+        warmup_gamma: Speed of the warm-up.
+        warmup_power: Shape of the warm-up.
+    """
+
+    decay: float = 0.9999
+    warmup: bool = False
+    warmup_gamma: float = 1.0
+    warmup_power: float = 2 / 3
+
+
+class Classify(LightningModule):
+    """Trains a timm model on labelled images.
+
+    Args:
+        net: Name in timm's registry, which holds the zoo's models too.
+        num_classes: Number of classes.
+        net_kwargs: Further arguments of timm.create_model, such as img_size or drop_path_rate.
+        pretrained: Whether to start from published weights.
+        optim: Optimizer.
+        schedule: Learning rate over time.
+        mix: Mixup and cutmix.
+        smoothing: Label smoothing.
+        loss: Cross-entropy, or one binary cross-entropy per class.
+        ema: Weight averaging; null is off.
+        distill: Teacher; null is off.
+        compile: Whether to run torch.compile on the network.
+        channels_last: Whether to keep images and convolutions in channels-last layout.
+        check_finite: Whether to stop at a loss that is not finite, naming its origin.
+    """
+
+    def __init__(
+        self,
+        net: str,
+        num_classes: int = 1000,
+        net_kwargs: dict[str, Any] | None = None,
+        pretrained: bool = False,
+        optim: Optim = Optim(),  # noqa: B008  jsonargparse takes the defaults of the fields from here
+        schedule: Schedule = Schedule(),  # noqa: B008
+        mix: Mix = Mix(),  # noqa: B008
+        smoothing: float = 0.0,
+        loss: Literal['ce', 'bce'] = 'ce',
+        ema: Ema | None = None,
+        distill: Distill | None = None,
+        compile: bool = False,
+        channels_last: bool = False,
+        check_finite: bool = True,
+    ) -> None:
+        super().__init__()
+        settings = {k: as_plain(v) for k, v in locals().items() if k not in ('self', '__class__')}
+        self.save_hyperparameters(settings)
+        self.optim, self.schedule = as_dataclass(Optim, optim), as_dataclass(Schedule, schedule)
+        self.distill, self.check_finite, self.channels_last = (
+            as_dataclass(Distill, distill),
+            check_finite,
+            channels_last,
+        )
+        self.net_name, self.num_classes = net, num_classes
+        self.net = build_net(net, num_classes, pretrained, net_kwargs or {})
+        if channels_last:
+            self.net.to(memory_format=torch.channels_last)
+        self.criterion, self.mixup = build_loss(loss, smoothing, as_dataclass(Mix, mix), num_classes)
+        self.ema = build_ema(self.net, as_dataclass(Ema, ema))
+        self.class_names: list[str] = []
+        self.view: dict[str, Any] | None = None
+        self.val_metrics = build_metrics(num_classes, 'val/')
+        self.raw_metrics = build_metrics(num_classes, 'val/raw_') if self.ema else None
+        self.test_metrics = build_metrics(num_classes, 'test/')
+        # kept out of the module tree: a second name for the weights, and a network that is not ours to save
+        self.__dict__['_train_net'] = torch.compile(self.net) if compile else self.net
+        self.__dict__['_teacher'] = None
+
+    # evaluation and prediction
+
+    @property
+    def eval_net(self) -> nn.Module:
+        """The network that results are reported for: the average where there is one."""
+        return self.ema.module if self.ema is not None else self.net
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.eval_net(self._layout(images))
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        images, target = self._unpack(batch)
+        if not len(target):
+            return
+        update_metrics(self.val_metrics, self(images), target)
+        if self.raw_metrics is not None:
+            update_metrics(self.raw_metrics, self.net(self._layout(images)), target)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_metrics(self.val_metrics)
+        if self.raw_metrics is not None:
+            self._log_metrics(self.raw_metrics)
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, torch.Tensor] | None:
+        images, target = self._unpack(batch)
+        if not len(target):
+            return None
+        logits = self(images).float()
+        update_metrics(self.test_metrics, logits, target)
+        return {'logits': logits, 'target': target}
+
+    def on_test_epoch_end(self) -> None:
+        self._log_metrics(self.test_metrics)
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
+        images, _ = self._unpack(batch)
+        return self(images).float().softmax(-1) if len(images) else images.new_zeros(0, self.num_classes)
+
+    # training
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
+        images, target = self._unpack(batch)
+        images = self._layout(images)
+        labels = target
+        if self.mixup is not None:
+            images, target = self.mixup(images, target)
+        logits = self._train_net(images)
+        loss = self.criterion(logits.float(), target)
+        if self._teacher is not None:
+            share = self.distill.weight
+            loss = (1 - share) * loss + share * self._teacher.loss(logits, images)
+        if self.check_finite and not torch.isfinite(loss):
+            raise self._diverged(images, batch, batch_idx)
+        size = len(labels)
+        self.log('train/loss', loss.detach(), prog_bar=True, on_step=True, on_epoch=True, batch_size=size)
+        if self.mixup is None:
+            hits = (logits.detach().argmax(-1) == labels).float().mean()
+            self.log('train/top1', hits, on_step=False, on_epoch=True, batch_size=size)
+        return loss
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if self.ema is not None:
+            self.ema.update(self.net, step=self.global_step)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        trainer = self.trainer
+        accumulate = trainer.accumulate_grad_batches
+        total_batch = trainer.datamodule.batch_size * trainer.world_size * accumulate
+        total_steps = trainer.estimated_stepping_batches
+        if math.isinf(total_steps):
+            raise ZooError('the length of the run is unknown: set trainer.max_steps or trainer.max_epochs')
+        optimizer = build_optimizer(self.net, self.optim, total_batch)
+        factor = lr_factor(self.optim, total_batch)
+        steps_per_epoch = math.ceil(trainer.num_training_batches / accumulate)
+        scheduler = UpdateSchedule(optimizer, self.schedule, factor, int(total_steps), steps_per_epoch)
+        return {'optimizer': optimizer, 'lr_scheduler': {'scheduler': scheduler, 'interval': 'step'}}
+
+    def lr_scheduler_step(self, scheduler: UpdateSchedule, metric: Any) -> None:
+        scheduler.apply(self.global_step)
+
+    # hooks
+
+    def setup(self, stage: str) -> None:
+        data = self.trainer.datamodule
+        if data is None:
+            return
+        if data.num_classes and data.num_classes != self.num_classes:
+            raise ZooError(
+                f'the data has {data.num_classes} classes, the model {self.num_classes}: set '
+                f'--model.num_classes {data.num_classes}'
+            )
+        if stage != 'fit':
+            return
+        self.class_names, self.view = list(data.class_names), as_plain(data.view)
+        if self.mixup is not None and data.batch_size % 2:
+            raise ZooError(f'mixup and cutmix need an even data.batch_size, not {data.batch_size}')
+        if self.distill is not None:
+            teacher = Teacher(self.distill, self.num_classes, data.view.mean, data.view.std)
+            self.__dict__['_teacher'] = teacher
+
+    def on_fit_start(self) -> None:
+        if self._teacher is not None:
+            self._teacher.to(self.device)
+
+    def on_train_start(self) -> None:
+        for config in self.trainer.lr_scheduler_configs:
+            config.scheduler.restore_options(self.global_step)
+
+    def on_train_epoch_start(self) -> None:
+        if hasattr(self.trainer.datamodule, 'set_epoch'):
+            self.trainer.datamodule.set_epoch(self.current_epoch)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self._seed_step(batch_idx)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint['zoo'] = {'class_names': self.class_names, 'view': self.view}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint.get('zoo') or {}
+        self.class_names, self.view = saved.get('class_names') or self.class_names, saved.get('view') or self.view
+        theirs = checkpoint.get('hyper_parameters', {})
+        for key, mine in (('net', self.net_name), ('num_classes', self.num_classes)):
+            if theirs.get(key, mine) != mine:
+                raise ZooError(f'the checkpoint holds model.{key} {theirs[key]}, the config asks for {mine}')
+        adapt_ema(checkpoint['state_dict'], wanted=self.ema is not None)
+
+    # helpers
+
+    def _seed_step(self, batch_idx: int) -> None:
+        seed_all(run_seed(), self.current_epoch, batch_idx, self.global_rank)
+
+    def _layout(self, images: torch.Tensor) -> torch.Tensor:
+        return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
+
+    def _unpack(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        if batch['failures']:
+            self.trainer.datamodule.report_failures(batch['failures'])
+        return batch['image'], batch['target']
+
+    def _log_metrics(self, metrics: MetricCollection) -> None:
+        values = metrics.compute()
+        self.log_dict({k: v for k, v in values.items() if v.ndim == 0}, prog_bar=True, sync_dist=False)
+        metrics.reset()
+
+    def _diverged(self, images: torch.Tensor, batch: dict[str, Any], batch_idx: int) -> RunError:
+        def run() -> torch.Tensor:
+            self._seed_step(batch_idx)
+            return self.net(images)
+
+        origin = first_nonfinite(self.net, run, images)
+        names = ', '.join(map(str, batch['name'][:4])) + (' ...' if len(batch['name']) > 4 else '')
+        return RunError(
+            f'the loss is not finite at step {self.global_step} (epoch {self.current_epoch}, batch {batch_idx})\n'
+            f'first non-finite value: {origin}\n'
+            f'batch: {names}\n'
+            'What helps: a lower --model.optim.lr, --trainer.gradient_clip_val 1, a longer warm-up, or bf16-mixed '
+            'instead of 16-mixed'
+        )
+
+
+def build_net(name: str, num_classes: int, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    """timm.create_model with errors that name what to type instead."""
+    base = name.split(':', 1)[-1].split('.')[0]
+    if ':' not in name and not timm.is_model(base):
+        close = difflib.get_close_matches(base, timm.list_models(), n=5, cutoff=0.5)
+        raise ZooError(f'no model named {name!r}' + (f'; close: {", ".join(close)}' if close else ''))
+    try:
+        return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **kwargs)
+    except TypeError as error:
+        raise ZooError(f'model {name} does not take these arguments: {kwargs}\n{error}') from error
+
+
+def build_loss(loss: str, smoothing: float, mix: Mix, num_classes: int) -> tuple[nn.Module, Mixup | None]:
+    """The training loss, and timm's Mixup where it is on; mixed labels already carry the smoothing."""
+    mixup = None
+    if mix.mixup > 0 or mix.cutmix > 0:
+        mixup = Mixup(
+            mixup_alpha=mix.mixup,
+            cutmix_alpha=mix.cutmix,
+            prob=mix.prob,
+            switch_prob=mix.switch_prob,
+            mode=mix.mode,
+            label_smoothing=smoothing,
+            num_classes=num_classes,
+        )
+    if loss == 'bce':
+        return BinaryCrossEntropy(smoothing=0.0 if mixup else smoothing), mixup
+    return (SoftTargetCrossEntropy() if mixup else nn.CrossEntropyLoss(label_smoothing=smoothing)), mixup
+
+
+def build_ema(net: nn.Module, ema: Ema | None) -> ModelEmaV3 | None:
+    """timm's moving average of `net`, outside the reach of the optimizer."""
+    if ema is None:
+        return None
+    average = ModelEmaV3(
+        net,
+        decay=ema.decay,
+        use_warmup=ema.warmup,
+        warmup_gamma=ema.warmup_gamma,
+        warmup_power=ema.warmup_power,
+    )
+    return average.requires_grad_(False)
+
+
+def build_metrics(num_classes: int, prefix: str) -> MetricCollection:
+    """Loss, top-1, top-5 (where there are more than five classes) and accuracy per class."""
+    metrics: dict[str, Any] = {
+        'loss': MeanMetric(),
+        'top1': MulticlassAccuracy(num_classes, average='micro'),
+        'per_class': MulticlassAccuracy(num_classes, average='none'),
+    }
+    if num_classes > 5:
+        metrics['top5'] = MulticlassAccuracy(num_classes, top_k=5, average='micro')
+    return MetricCollection(metrics, prefix=prefix, compute_groups=False)
+
+
+def update_metrics(metrics: MetricCollection, logits: torch.Tensor, target: torch.Tensor) -> None:
+    """Adds a batch."""
+    for name, metric in metrics.items(keep_base=True):
+        if name == 'loss':
+            metric.update(nn.functional.cross_entropy(logits.float(), target), weight=len(target))
+        else:
+            metric.update(logits.float(), target)
+
+
+def adapt_ema(state: dict[str, torch.Tensor], wanted: bool) -> None:
+    """Lets weight averaging be switched on or off between the checkpoint and now."""
+    averaged = [k for k in state if k.startswith('ema.module.')]
+    if wanted and not averaged:
+        state.update({f'ema.module.{k[4:]}': v.clone() for k, v in list(state.items()) if k.startswith('net.')})
+    if not wanted:
+        for key in averaged:
+            del state[key]
