@@ -1,0 +1,123 @@
+"""Device functions that several kernels share: tile access, matrix products, sums of log gates over intervals."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton import knobs
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def load_tile(ptr, rows, cols, stride, row_ok, D: tl.constexpr, BD: tl.constexpr):
+    """Rows of a matrix whose last dimension is contiguous, zeros outside -> (rows, BD)."""
+    ok = row_ok[:, None]
+    if D != BD:
+        ok = ok & (cols < D)[None, :]
+    return tl.load(ptr + rows[:, None] * stride + cols[None, :], mask=ok, other=0.0)
+
+
+@triton.jit
+def store_tile(ptr, x, rows, cols, stride, row_ok, D: tl.constexpr, BD: tl.constexpr):
+    """The counterpart of `load_tile`, cast to the pointer's type."""
+    ok = row_ok[:, None]
+    if D != BD:
+        ok = ok & (cols < D)[None, :]
+    tl.store(ptr + rows[:, None] * stride + cols[None, :], x.to(ptr.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def load_gate(ptr, rows, cols, stride, row_ok, K: tl.constexpr, BK: tl.constexpr, PER_HEAD: tl.constexpr):
+    """Log gates of a chunk, 0 (keep everything) outside; one gate per head is repeated over the channels -> (rows, BK)."""
+    if PER_HEAD:
+        g = tl.load(ptr + rows * stride, mask=row_ok, other=0.0)
+        return tl.broadcast_to(g[:, None], (rows.shape[0], BK))
+    else:
+        return load_tile(ptr, rows, cols, stride, row_ok, K, BK)
+
+
+@triton.jit
+def mm(a, b, CT: tl.constexpr, PREC: tl.constexpr):
+    """Product in the compute type `CT`, accumulated in fp32."""
+    return tl.dot(a.to(CT), b.to(CT), input_precision=PREC)
+
+
+@triton.jit
+def gate_sums(member, g, MT: tl.constexpr, SPLIT: tl.constexpr):
+    """Sums of log gates over sets of tokens, in units of log 2: member (R, C) is 0/1, g (C, K) -> (R, K) fp32.
+
+    A product with a 0/1 matrix lands in the layout in which it is used, without a scan over tokens and its barriers.
+    It is exact up to the fp32 sum: `MT` holds g exactly, or g is split into two bf16 parts.
+    """
+    if SPLIT:
+        hi = g.to(tl.bfloat16)
+        lo = (g - hi.to(tl.float32)).to(tl.bfloat16)
+        m = member.to(tl.bfloat16)
+        s = tl.dot(m, lo, acc=tl.dot(m, hi))
+    elif MT == tl.float32:
+        s = tl.dot(member.to(tl.float32), g.to(tl.float32), input_precision='ieee')
+    else:
+        s = tl.dot(member.to(MT), g.to(MT))
+    return s * LOG2E
+
+
+@triton.jit
+def run_sums(member, x, CT: tl.constexpr, PREC: tl.constexpr):
+    """Sums of fp32 values over sets of tokens: member (R, C) is 0/1, x (C, K) fp32 -> (R, K) fp32."""
+    if CT == tl.float32:
+        return tl.dot(member.to(tl.float32), x, input_precision=PREC)
+    else:
+        hi = x.to(CT)
+        lo = (x - hi.to(tl.float32)).to(CT)
+        m = member.to(CT)
+        return tl.dot(m, lo, acc=tl.dot(m, hi))
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's CPU interpreter."""
+    return bool(knobs.runtime.interpret)
+
+
+def compute_types(dtype: torch.dtype) -> tuple[tl.dtype, str]:
+    """Operand type and precision of the matrix products for inputs of `dtype`.
+
+    fp16 operands would overflow where a weight is split into two factors around a reference point, so fp16 inputs take
+    tf32 products: fp32's range at fp16's precision. The interpreter multiplies the bits of bf16 as integers.
+    """
+    if dtype == torch.bfloat16 and not interpreting():
+        return tl.bfloat16, 'tf32'
+    return tl.float32, 'tf32' if dtype == torch.float16 else 'ieee'
+
+
+def gate_types(dtype: torch.dtype, gate: torch.dtype | None) -> tuple[tl.dtype, bool]:
+    """Operand type that holds the gates exactly, and whether they must be split in two for it."""
+    if interpreting() or gate is None or dtype == torch.float32:
+        return tl.float32, False
+    if gate == torch.float32:
+        return tl.bfloat16, True
+    return (tl.float16 if gate == torch.float16 else tl.bfloat16), False
+
+
+def alignment(*tensors: torch.Tensor) -> int:
+    """The largest power of two up to 16 that divides every stride but the last.
+
+    Kernels take strides in this unit: they stay unspecialised (no new compilation when only B or T changes) and the
+    compiler still sees that rows are aligned.
+    """
+    bits = 16
+    for x in tensors:
+        for size, stride in zip(x.shape[:-1], x.stride()[:-1]):
+            if size > 1:
+                bits |= stride
+    return bits & -bits
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power(n: int, least: int = 16) -> int:
+    """The smallest power of two that is at least `n` and `least`."""
+    return max(least, 1 << (n - 1).bit_length())
