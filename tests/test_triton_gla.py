@@ -3,7 +3,6 @@
 The interpreter proves the formulas and the masks; tests/gpu/check_gla.py proves the compiled code.
 """
 
-import importlib.util
 import math
 import os
 import subprocess

@@ -30,7 +30,7 @@ def store_tile(ptr, x, rows, cols, stride, row_ok, D: tl.constexpr, BD: tl.const
 
 @triton.jit
 def load_gate(ptr, rows, cols, stride, row_ok, K: tl.constexpr, BK: tl.constexpr, PER_HEAD: tl.constexpr):
-    """Log gates of a chunk, 0 (keep everything) outside; one gate per head is repeated over the channels -> (rows, BK)."""
+    """Log gates of a chunk, 0 (keep all) outside; one gate per head is repeated over the channels -> (rows, BK)."""
     if PER_HEAD:
         g = tl.load(ptr + rows * stride, mask=row_ok, other=0.0)
         return tl.broadcast_to(g[:, None], (rows.shape[0], BK))

@@ -1,8 +1,8 @@
 """Gated linear attention on GPUs: host side of the Triton kernels in `gla_states` and `gla_chunks`.
 
-Two launches per pass for short sequences: the states at every chunk boundary (all kinds at once), then every chunk on its
-own. Long sequences are swept in segments, and a scan over segments runs between the two. The backward pass recomputes
-the states. Nothing depends on values on the host, and nothing is tuned at run time: `config` is a fixed table.
+Each pass finds the states at every chunk boundary (all kinds in one launch), then works on every chunk on its own. Long
+sequences are swept in segments, and a scan over segments runs between the two. The backward pass recomputes the states.
+Nothing depends on values on the host, and nothing is tuned at run time: `config` is a fixed table.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-
 from zoo.kernels._triton._common import alignment, ceil_div, compute_types, gate_types, next_power
 from zoo.kernels._triton.gla_chunks import gla_bwd_kernel_chunk, gla_fwd_kernel_out
 from zoo.kernels._triton.gla_states import gla_kernel_scan, gla_kernel_states, gla_kernel_table
@@ -135,6 +134,9 @@ class _Pass:
                   'SPLIT': split}  # fmt: skip
         self.common = strides | sizes | shapes
         self.init, self.dinit = init, dinit
+        # The two forms of a chunk are two launches, each of which returns at once from the other's chunks: one kernel
+        # with a branch would hold the registers of both.
+        self.forms = (False, True) if self.gate else (False,)
         self.limit = -20.0 if prec == 'ieee' else -100.0
 
     def run_states(self, final: torch.Tensor | None) -> None:
@@ -174,9 +176,10 @@ def _forward(q, k, v, gf, gb, scale, init, output_final_state, cu_seqlens, dirs)
     args = p.arguments()
     for name in ('d_b', 'd_t', 'd_h'):
         del args[name]
-    gla_fwd_kernel_out[(p.n_chunks * p.H, p.cfg.nv)](
-        p.q, p.k, p.v, p.gf, p.gb, o, p.states, p.totals, p.prefix, p.seg_state, p.chunks, **args,
-    )  # fmt: skip
+    for safe in p.forms:
+        gla_fwd_kernel_out[(p.n_chunks * p.H, p.cfg.nv)](
+            p.q, p.k, p.v, p.gf, p.gb, o, p.states, p.totals, p.prefix, p.seg_state, p.chunks, SAFE=safe, **args,
+        )  # fmt: skip
     return o, final
 
 
@@ -188,10 +191,12 @@ def _backward(q, k, v, gf, gb, scale, init, do, dfinal, cu_seqlens, dirs):
     dgb = None if gb is None else torch.empty(gb.shape, dtype=gb.dtype, device=q.device)
     dinit = None if init is None else torch.empty((p.N, p.H, p.K, p.V), dtype=torch.float32, device=q.device)
     p.run_states(dinit)
-    gla_bwd_kernel_chunk[(p.n_chunks * p.H,)](
-        p.q, p.k, p.v, p.do, p.gf, p.gb, dq, dk, dv, dq if dgf is None else dgf, dq if dgb is None else dgb,
-        p.states, p.totals, p.prefix, p.seg_state, p.chunks, **p.arguments(),
-    )  # fmt: skip
+    args = p.arguments()
+    for safe in p.forms:
+        gla_bwd_kernel_chunk[(p.n_chunks * p.H,)](
+            p.q, p.k, p.v, p.do, p.gf, p.gb, dq, dk, dv, dq if dgf is None else dgf, dq if dgb is None else dgb,
+            p.states, p.totals, p.prefix, p.seg_state, p.chunks, SAFE=safe, **args,
+        )  # fmt: skip
     return dq, dk, dv, dgf, dgb, dinit
 
 

@@ -1,8 +1,8 @@
 """Outputs and gradients of gated linear attention, one chunk per program, from the states that arrive at the chunk.
 
-Inside a chunk token j weighs exp(sum of log gates between j and i) in output i: forward gates below the diagonal, reverse
-gates above it. The fast form splits this into a factor for i and one for j around the chunk's edge; the second grows
-with the gates' sum, so a chunk whose sum passes `LIMIT` takes the safe form: halve the chunk again and again and refer
+Inside a chunk token j weighs exp(sum of log gates between j and i) in output i: forward gates below the diagonal,
+reverse gates above it. The fast form splits this into a factor for i and one for j around the chunk's edge; the second
+grows with the gates' sum, so a chunk whose sum passes `LIMIT` takes the safe form: halve the chunk again and again and refer
 the pairs that a level separates to the boundary between the halves, where both factors are <= 1.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 from zoo.kernels._triton._common import gate_sums, load_gate, load_tile, mm, run_sums, store_tile
 from zoo.kernels._triton.gla_states import SIZES, STRIDES, load_state
 
@@ -42,7 +41,7 @@ def halves(level, r, BT: tl.constexpr):
 
 @triton.jit
 def level_weights(level, r, gf, gb, BT: tl.constexpr, DIRS: tl.constexpr, MT: tl.constexpr, SPLIT: tl.constexpr):
-    """Exponents (log 2, <= 0) from each token to its half boundary, as a query and as a key, and the pairs they serve."""
+    """Exponents (log 2, <= 0) from each token to its half boundary, as query and as key, and the pairs they serve."""
     block, second, edge = halves(level, r, BT)
     i = r[:, None]
     j = r[None, :]
@@ -67,9 +66,15 @@ def level_weights(level, r, gf, gb, BT: tl.constexpr, DIRS: tl.constexpr, MT: tl
 
 
 @triton.jit
-def beyond(totals, slot, h, gc, kk, n_chunks, H: tl.constexpr, BK: tl.constexpr, LIMIT: tl.constexpr):
-    """Whether the gates of a chunk sum up to less than `LIMIT` in any channel."""
-    total = tl.load(totals + ((slot * H + h).to(tl.int64) * n_chunks + gc) * BK + kk)
+def wild(
+    totals, h, gc, kk, n_chunks,
+    H: tl.constexpr, BK: tl.constexpr, DIRS: tl.constexpr, LIMIT: tl.constexpr,
+):  # fmt: skip
+    """Whether the gates of a chunk sum up to less than `LIMIT` in any channel, in any direction."""
+    at = h.to(tl.int64) * n_chunks + gc
+    total = tl.load(totals + at * BK + kk)
+    if DIRS == 3:
+        total = tl.minimum(total, tl.load(totals + (at + H * n_chunks) * BK + kk))
     return tl.min(total, 0) < LIMIT
 
 
@@ -81,7 +86,7 @@ def gla_fwd_kernel_out(
     scale, T, nch, cps, nseg, n_chunks, n_segs,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     NV: tl.constexpr, LEVELS: tl.constexpr, DIRS: tl.constexpr, GATE: tl.constexpr, VARLEN: tl.constexpr,
-    A: tl.constexpr, AG: tl.constexpr, LIMIT: tl.constexpr,
+    A: tl.constexpr, AG: tl.constexpr, LIMIT: tl.constexpr, SAFE: tl.constexpr,
     CT: tl.constexpr, PREC: tl.constexpr, MT: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Outputs of one chunk. Program: (chunk, head) x value block."""
@@ -94,6 +99,9 @@ def gla_fwd_kernel_out(
         if b < 0:
             return
         b = 0
+    if GATE:
+        if wild(totals, h, gc, tl.arange(0, BK), n_chunks, H, BK, DIRS, LIMIT) != SAFE:
+            return
     b = tl.cast(b, tl.int64)
     t0 = tl.cast(t0, tl.int64)
     VP: tl.constexpr = NV * BV
@@ -110,11 +118,9 @@ def gla_fwd_kernel_out(
 
     out = tl.zeros((BT, BV), dtype=tl.float32)
     if GATE:
-        wild = False
         gfs = ks
         gbs = ks
         if DIRS != 2:
-            wild = beyond(totals, 0, h, gc, kk, n_chunks, H, BK, LIMIT)
             gfs = load_gate(gf + (b * g_b + t0 * g_t + h * g_h) * AG, r, kk, g_t * AG, ok_t, K, BK, GATE == 1)
             ef = gate_sums(j <= i, gfs, MT, SPLIT)
             qf = qs * tl.exp2(ef)
@@ -123,7 +129,6 @@ def gla_fwd_kernel_out(
             s = load_state(states, prefix, seg_state, at, at_seg, vv, kk, nseg > 1, BK, VP, True)
             out += mm(qf, tl.trans(s), CT, PREC)
         if DIRS != 1:
-            wild |= beyond(totals, last, h, gc, kk, n_chunks, H, BK, LIMIT)
             gbs = load_gate(gb + (b * r_b + t0 * r_t + h * r_h) * AG, r, kk, r_t * AG, ok_t, K, BK, GATE == 1)
             eb = gate_sums(j >= i, gbs, MT, SPLIT)
             qb = qs * tl.exp2(eb)
@@ -133,7 +138,7 @@ def gla_fwd_kernel_out(
             out += mm(qb, tl.trans(s), CT, PREC)
         ks = ks.to(tl.float32)
         a = tl.zeros((BT, BT), dtype=tl.float32)
-        if wild:
+        if SAFE:
             for level in range(0, LEVELS):
                 x, y, pairs, second = level_weights(level, r, gfs, gbs, BT, DIRS, MT, SPLIT)
                 a += tl.where(pairs, mm(qs * tl.exp2(x), tl.trans(ks * tl.exp2(y)), CT, PREC), 0.0)
@@ -205,7 +210,7 @@ def gla_bwd_kernel_chunk(
     scale, T, nch, cps, nseg, n_chunks, n_segs,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     NV: tl.constexpr, LEVELS: tl.constexpr, DIRS: tl.constexpr, GATE: tl.constexpr, VARLEN: tl.constexpr,
-    A: tl.constexpr, AG: tl.constexpr, LIMIT: tl.constexpr,
+    A: tl.constexpr, AG: tl.constexpr, LIMIT: tl.constexpr, SAFE: tl.constexpr,
     CT: tl.constexpr, PREC: tl.constexpr, MT: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """All gradients of one chunk from the four states that arrive at it. Program: (chunk, head)."""
@@ -217,6 +222,9 @@ def gla_bwd_kernel_chunk(
         if b < 0:
             return
         b = 0
+    if GATE:
+        if wild(totals, h, gc, tl.arange(0, BK), n_chunks, H, BK, DIRS, LIMIT) != SAFE:
+            return
     b = tl.cast(b, tl.int64)
     t0 = tl.cast(t0, tl.int64)
     VP: tl.constexpr = NV * BV
@@ -276,20 +284,17 @@ def gla_bwd_kernel_chunk(
     key_f = ks
     key_b = ks
     if GATE:
-        wild = False
         gfs = ks
         gbs = ks
         if DIRS != 2:
-            wild = beyond(totals, 0, h, gc, kk, n_chunks, H, BK, LIMIT)
             gfs = load_gate(gf + (b * g_b + t0 * g_t + h * g_h) * AG, r, kk, g_t * AG, ok_t, K, BK, GATE == 1)
             ef = gate_sums(low, gfs, MT, SPLIT)
         if DIRS != 1:
-            wild |= beyond(totals, LAST, h, gc, kk, n_chunks, H, BK, LIMIT)
             gbs = load_gate(gb + (b * r_b + t0 * r_t + h * r_h) * AG, r, kk, r_t * AG, ok_t, K, BK, GATE == 1)
             eb = gate_sums(high, gbs, MT, SPLIT)
         h_f = tl.zeros((BT, BK), dtype=tl.float32)
         h_b = tl.zeros((BT, BK), dtype=tl.float32)
-        if wild:
+        if SAFE:
             for level in range(0, LEVELS):
                 x, y, pairs, second = level_weights(level, r, gfs, gbs, BT, DIRS, MT, SPLIT)
                 x = tl.exp2(x) * scale

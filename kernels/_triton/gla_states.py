@@ -208,7 +208,7 @@ def gla_kernel_scan(
     DIRS: tl.constexpr, ADJOINT: tl.constexpr, GATE: tl.constexpr, VARLEN: tl.constexpr,
     INIT: tl.constexpr, DINIT: tl.constexpr, FINAL: tl.constexpr,
 ):  # fmt: skip
-    """Replace each segment's total by the state that arrives at the segment. Program: (sequence, head, kind) x value block."""
+    """Replace each segment's total by the state that arrives at it. Program: (sequence, head, kind) x value block."""
     ND: tl.constexpr = 2 if DIRS == 3 else 1
     NK: tl.constexpr = ND * (2 if ADJOINT else 1)
     pid = tl.program_id(0)
