@@ -36,6 +36,8 @@ def build(
         ZooError: for an unknown name, missing or unreadable weights, or weights of another model.
     """
     kwargs = _size_kwargs(check_name(name), img_size)
+    if checkpoint is not None and Path(checkpoint).suffix == '.ckpt':
+        return _from_run(name, Path(checkpoint))
     if checkpoint is not None:
         return _from_checkpoint(name, Path(checkpoint), kwargs)
     if not pretrained:
@@ -46,6 +48,20 @@ def build(
         return timm.create_model(name, pretrained=True, **kwargs).eval()
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise ZooError(_how_to_get(name, error)) from error
+
+
+def _from_run(name: str, path: Path) -> nn.Module:
+    """The network of a training run, which its checkpoint describes, with the transform it was trained for."""
+    from zoo.checkpoints import load_net  # imports Lightning
+
+    model, described = load_net(path)
+    if described['net'] != name.split('.')[0]:
+        raise ZooError(f'{path} holds {described["net"]}: give that name instead of {name}')
+    view = described.get('view')
+    if view:
+        model.pretrained_cfg['input_size'] = (view['channels'], view['size'], view['size'])
+        model.pretrained_cfg.update({k: view[k] for k in ('interpolation', 'crop_pct', 'mean', 'std')})
+    return model
 
 
 def _size_kwargs(name: str, img_size: tuple[int, int] | None) -> dict:
