@@ -41,6 +41,12 @@ _NOISE = (
     '.*isinstance.treespec, LeafSpec.*',
     '.*Trying to infer the `batch_size`.*',
     '.*Experiment logs directory.*',
+    '.*callbacks used to create the checkpoint need to be provided.*',
+)
+
+
+_UNHELPFUL = re.compile(
+    r"\s*(Does not validate against any of the Union|Subtypes: |Errors:|Given value|- Expected a <class 'NoneType'>)"
 )
 
 
@@ -81,19 +87,32 @@ def run(verb: str, argv: list[str]) -> int:
     """
     for pattern in _NOISE:
         warnings.filterwarnings('ignore', message=pattern)
-    logging.getLogger('lightning.pytorch').setLevel(logging.WARNING)
+    for logger in ('lightning.pytorch', 'lightning.fabric'):
+        logging.getLogger(logger).setLevel(logging.WARNING)
+    warnings.formatwarning = lambda message, *_, **__: f'warning: {message}\n'  # without our line of source code
     former = sys.argv
     # Lightning starts further processes with sys.argv, so the resolved arguments belong there
     sys.argv = [former[0], verb, *resolve_arguments(verb, argv)]
     try:
         ZooCLI()
-    except MisconfigurationException as error:
-        raise ZooError(str(error)) from error
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 1 if stop.code else 0
+    except Exception as error:
+        if (known := user_error(error)) is None:
+            raise
+        raise known from error
     finally:
         sys.argv = former
     return 0
+
+
+def user_error(error: BaseException | None) -> ZooError | None:
+    """The ZooError behind an exception: jsonargparse wraps what constructors raise."""
+    if isinstance(error, MisconfigurationException):
+        return ZooError(str(error))
+    while error is not None and not isinstance(error, ZooError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 # configs and run folders
@@ -109,7 +128,7 @@ def resolve_config(name: str) -> Path:
     found = [p for key, p in packaged.items() if key == wanted or Path(key).name == wanted]
     if found:
         return found[0]
-    close = difflib.get_close_matches(wanted, [*packaged, *(Path(k).name for k in packaged)], n=4, cutoff=0.4)
+    close = difflib.get_close_matches(wanted, {*packaged, *(Path(k).name for k in packaged)}, n=4, cutoff=0.4)
     raise ZooError(f'no config {name!r}' + (f'; close: {", ".join(close)}' if close else '; see: zoo configs'))
 
 
@@ -187,8 +206,9 @@ class ZooParser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> Any:
         if not self.exit_on_error:
             return super().error(message, ex)
-        lines = [line.rstrip() for line in message.splitlines() if line.strip()]
-        raise ZooError('\n'.join(line[:300] for line in lines[:12]))
+        # what is left out says that null would have been valid too, and repeats the value as Python objects
+        lines = [line[:300].rstrip() for line in message.splitlines() if line.strip()]
+        raise ZooError('\n'.join(line for line in lines if not _UNHELPFUL.match(line)))
 
 
 class SaveConfig(SaveConfigCallback):

@@ -138,7 +138,7 @@ class ImageData(LightningDataModule):
     def _loader(self, dataset: KeyedDataset, sampler: EpochSampler, drop_last: bool) -> DataLoader:
         return DataLoader(
             dataset,
-            self.batch_size,
+            batch_size=self.batch_size,
             sampler=sampler,
             drop_last=drop_last,
             collate_fn=collate,

@@ -280,7 +280,11 @@ class TarShards(ImageData):
         if self._resume_at:
             self._stream.start_at(*self._resume_at)
         return _SizedLoader(
-            batches, self._stream, self.batch_size, collate_fn=collate, **loader_options(self.num_workers)
+            batches,
+            self._stream,
+            batch_size=self.batch_size,
+            collate_fn=collate,
+            **loader_options(self.num_workers),
         )
 
     def val_dataloader(self) -> DataLoader:
@@ -295,7 +299,7 @@ class TarShards(ImageData):
 
     def _pass_loader(self, split: str) -> DataLoader:
         dataset = self._dataset(split, eval_transform(self.view), None)
-        return DataLoader(dataset, self.batch_size, collate_fn=collate, **loader_options(self.num_workers))
+        return DataLoader(dataset, batch_size=self.batch_size, collate_fn=collate, **loader_options(self.num_workers))
 
     def _dataset(self, split: str, transform: Callable, batches: int | None) -> ShardStream:
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
