@@ -186,7 +186,7 @@ class ViGPatchEmbed(nn.Module):
 
 @register_notrace_function
 def add_pos_embed(x: Tensor, pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Add a position table (1, N, C) laid out on `grid` to a map (B, h, w, C), resampled (bicubic) where the grids differ."""
+    """Add a position table (1, N, C) of `grid` to a map (B, h, w, C), resampled (bicubic) where the grids differ."""
     table = pos_embed.unflatten(1, grid)
     # Exported programs always resample: a size that is only known at run time cannot choose.
     if torch.compiler.is_exporting() or tuple(x.shape[1:3]) != tuple(grid):

@@ -1,7 +1,7 @@
 """Which implementation of an op runs: the only place in the package that looks at devices.
 
 Every op has three implementations under one public function: `naive` (a loop in fp32 or fp64, the oracle), `torch`
-(matrix products, any device) and `triton` (NVIDIA and AMD GPUs). `auto` takes Triton for GPU tensors where Triton can be
+(matrix products, any device) and `triton` (NVIDIA and AMD GPUs). `auto` takes Triton for GPU tensors where it can be
 imported and supports the arguments, the torch path otherwise, and says so once when a GPU tensor takes the slow road.
 """
 

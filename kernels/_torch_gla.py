@@ -6,9 +6,9 @@ mirror images), token j reaches token i of its chunk with weight exp(a_i - a_j),
 
 Two ways to form exp(a_i - a_j):
 
-- fast: (q exp(a_i - a_m)) (k exp(a_m - a_j)) with the reference m in the middle of the chunk, one C x C product. Exponents
-  are positive on one side; it is taken only when no half-chunk sum leaves [-60, 60], where fp32 can neither overflow
-  nor lose the product to underflow.
+- fast: (q exp(a_i - a_m)) (k exp(a_m - a_j)) with the reference m in the middle of the chunk, one C x C product.
+  Exponents are positive on one side; it is taken only when no half-chunk sum leaves [-60, 60], where fp32 can neither
+  overflow nor lose the product to underflow.
 - safe: recursive halving. At block sizes 2, 4, ..., C the reference is the boundary between a block's halves, so every
   exponent is a sum of log gates and <= 0; exact for gates of any strength. log2(C) levels of small products.
 
@@ -28,6 +28,7 @@ from torch import Tensor
 FAST_LIMIT = 60.0
 FAST_CHUNK = 64
 SAFE_CHUNK = 64
+EXPORT_BASE = 16  # exported graphs halve down to blocks this long only: fewer, larger operators
 
 
 @dataclass
@@ -45,6 +46,7 @@ class Direction:
     entry: Tensor | None = None  # exp(reference): decay of the incoming state up to the reference
     exit: Tensor | None = None  # exp(total - reference): decay from the reference to the outgoing edge
     total: Tensor | None = None  # exp(total): decay of the state across the chunk
+    levels: list[tuple[int, Tensor, Tensor]] | None = None  # safe: half size, exp decay to readers, from writers
 
     def scaled_q(self, q: Tensor) -> Tensor:
         return q if self.read is None else self.read * q
@@ -105,20 +107,20 @@ def export_gla(q, k, v, gates, scale, initial_state):
 
     The states come from an N x N matrix of chunk decays, so memory grows with (T / 64) ** 2: fine to about 16k tokens.
     """
-    length = q.shape[1]
-    chunk = SAFE_CHUNK
-    if isinstance(length, int) and length < SAFE_CHUNK:
-        chunk = 1 << max(length - 1, 0).bit_length()
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    pad = (chunk - length % chunk) if chunk > 1 else 0  # never zero: a zero pad would be a separate case to trace
+    length, dtype = q.shape[1], torch.promote_types(q.dtype, torch.float32)
+    if isinstance(length, int):
+        chunk, pad = _safe_layout(length)
+    else:
+        # Never zero and at least two chunks: tracing would single out those cases.
+        chunk, pad = SAFE_CHUNK, 2 * SAFE_CHUNK - length % SAFE_CHUNK
+    base = min(EXPORT_BASE, chunk)
     qc, kc, vc = (_chunked(x, chunk, pad, dtype) for x in (q, k, v))
     out, state = 0, None
     for g, reverse in gates:
-        d = _safe_direction(None if g is None else _chunked(_four_dims(g), chunk, pad, dtype), reverse)
-        kv = d.scaled_k(kc).transpose(-1, -2) @ vc
-        states, state = _states_by_matrix(kv, d, initial_state)
-        out = out + _halving(qc, kc, d) @ vc + d.scaled_q(qc) @ states
-    return (_unchunked(out * scale)[:, :length]).to(v.dtype), state
+        d = _safe_direction(None if g is None else _chunked(_four_dims(g), chunk, pad, dtype), reverse, base)
+        states, state = _states_by_matrix(d.scaled_k(kc).mT @ vc, d, initial_state)
+        out = out + _halving(qc, kc, d, base) @ vc + d.scaled_q(qc) @ states
+    return _unchunked(out * scale)[:, :length].to(v.dtype), state
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -175,6 +177,12 @@ def _layout(length: int, target: int) -> tuple[int, int]:
     return chunk, count * chunk - length
 
 
+def _safe_layout(length: int) -> tuple[int, int]:
+    """Chunk length, a power of two, and padding."""
+    chunk = min(SAFE_CHUNK, 1 << max(length - 1, 0).bit_length())
+    return chunk, -length % chunk
+
+
 @functools.lru_cache(maxsize=64)
 def _sum_matrix(chunk: int, reverse: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(C, C) matrix M with (M g)_i = a_i - a_m, the log decay from the middle of the chunk to token i."""
@@ -225,32 +233,30 @@ def _fast_direction(g: Tensor, reverse: bool, chunk: int, pad: int, dtype: torch
     )
 
 
-def _safe_direction(g: Tensor | None, reverse: bool) -> Direction:
+def _safe_direction(g: Tensor | None, reverse: bool, base: int = 1) -> Direction:
+    """Decays from sums of log gates within blocks of `base` tokens, merged pairwise up to the chunk.
+
+    reach (..., blocks, W, K) is the sum from a block's entry edge to each token, rest from each token to the exit edge,
+    total (..., blocks, K) across the block: sums only, no differences.
+    """
     if g is None:
         return Direction(reverse, safe=True)
-    reach, rest, total = g.unsqueeze(-2), torch.zeros_like(g).unsqueeze(-2), g
-    while reach.shape[-3] > 1:
-        reach, rest, total = _merge_sums(reach, rest, total, reverse)
-    one = torch.ones_like(total[..., 0, :])
-    return Direction(
-        reverse, True, g, reach.squeeze(-3).exp(), rest.squeeze(-3).exp(), one, one, total.squeeze(-2).exp()
-    )
-
-
-def _merge_sums(reach: Tensor, rest: Tensor, total: Tensor, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Log decays of blocks of W tokens to those of blocks of 2 W: sums only, no cancellation.
-
-    reach (..., blocks, W, K) is the decay from the block's entry edge to each token, rest from each token to the exit
-    edge, total (..., blocks, K) across the block.
-    """
+    blocks = g.unflatten(-2, (-1, base))
+    inclusive = torch.ones(base, base, dtype=g.dtype, device=g.device)
+    inclusive = inclusive.triu() if reverse else inclusive.tril()
+    reach, rest, total = inclusive @ blocks, (1 - inclusive) @ blocks, blocks.sum(-2)
     source, sink = (1, 0) if reverse else (0, 1)
-    reach, rest = reach.unflatten(-3, (-1, 2)), rest.unflatten(-3, (-1, 2))
-    total = total.unflatten(-2, (-1, 2))
-    halves = [reach[..., 0, :, :], reach[..., 1, :, :]]
-    halves[sink] = halves[sink] + total[..., source, None, :]
-    rests = [rest[..., 0, :, :], rest[..., 1, :, :]]
-    rests[source] = rests[source] + total[..., sink, None, :]
-    return torch.cat(halves, -2), torch.cat(rests, -2), total.sum(-2)
+    levels = []
+    for _ in range((g.shape[-2] // base).bit_length() - 1):
+        reach, rest, total = reach.unflatten(-3, (-1, 2)), rest.unflatten(-3, (-1, 2)), total.unflatten(-2, (-1, 2))
+        reaches, rests = list(reach.unbind(-3)), list(rest.unbind(-3))
+        levels.append((reach.shape[-2], reaches[sink].exp(), rests[source].exp()))
+        reaches[sink] = reaches[sink] + total[..., source, None, :]
+        rests[source] = rests[source] + total[..., sink, None, :]
+        reach, rest, total = torch.cat(reaches, -2), torch.cat(rests, -2), total.sum(-2)
+    one = torch.ones_like(total[..., 0, :])
+    decays = reach.squeeze(-3).exp(), rest.squeeze(-3).exp(), one, one, total.squeeze(-2).exp()
+    return Direction(reverse, True, g, *decays, levels)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -259,23 +265,6 @@ def _merge_sums(reach: Tensor, rest: Tensor, total: Tensor, reverse: bool) -> tu
 
 def _masked(x: Tensor, reverse: bool) -> Tensor:
     return x.triu_() if reverse else x.tril_()
-
-
-def _halving_levels(d: Direction, chunk: int):
-    """Per level, from blocks of 2 tokens up: (half size, exp decay reference -> reader, exp decay writer -> reference)."""
-    if d.g is None:
-        yield from ((half, None, None) for half in _halves(chunk))
-        return
-    reach, rest, total = d.g.unsqueeze(-2), torch.zeros_like(d.g).unsqueeze(-2), d.g
-    source, sink = (1, 0) if d.reverse else (0, 1)
-    for half in _halves(chunk):
-        pick = lambda x, i: x.unflatten(-3, (-1, 2))[..., i, :, :].exp()  # noqa: E731
-        yield half, pick(reach, sink), pick(rest, source)
-        reach, rest, total = _merge_sums(reach, rest, total, d.reverse)
-
-
-def _halves(chunk: int) -> list[int]:
-    return [1 << i for i in range(chunk.bit_length() - 1)]
 
 
 def _half_blocks(x: Tensor, half: int, which: int) -> Tensor:
@@ -287,14 +276,27 @@ def _times(x: Tensor, factor: Tensor | None) -> Tensor:
     return x if factor is None else x * factor
 
 
-def _halving(q: Tensor, k: Tensor, d: Direction) -> Tensor:
-    """The (C, C) matrix of one direction, diagonal included, by recursive halving."""
+def _direct(q: Tensor, k: Tensor, d: Direction, base: int) -> Tensor:
+    """The matrices (..., C / base, base, base) of short blocks, one exponential per pair of tokens and channel."""
+    q, k, g = (x.unflatten(-2, (-1, base)) for x in (q, k, d.g))
+    allowed = torch.ones(base, base, dtype=torch.bool, device=q.device)
+    allowed = allowed.triu() if d.reverse else allowed.tril()
+    sums = allowed.to(g.dtype) @ g
+    gaps = sums.unsqueeze(-2) - sums.unsqueeze(-3)
+    decay = torch.where(allowed[..., None], gaps, float('-inf')).exp()
+    return (q.unsqueeze(-2) * k.unsqueeze(-3) * decay).sum(-1)
+
+
+def _halving(q: Tensor, k: Tensor, d: Direction, base: int = 1) -> Tensor:
+    """The (C, C) matrix of one direction, diagonal included, by recursive halving down to blocks of `base` tokens."""
+    if d.g is None:
+        return (q @ k.mT).triu() if d.reverse else (q @ k.mT).tril()
     source, sink = (1, 0) if d.reverse else (0, 1)
-    blocks = (q * k).sum(-1)[..., None, None]  # (..., C, 1, 1): the diagonal
-    for half, reach, rest in _halving_levels(d, q.shape[-2]):
-        cross = _times(_half_blocks(q, half, sink), reach) @ _times(_half_blocks(k, half, source), rest).mT
-        pair = blocks.unflatten(-3, (-1, 2))
-        first, second, zero = pair[..., 0, :, :], pair[..., 1, :, :], torch.zeros_like(cross)
+    blocks = (q * k).sum(-1)[..., None, None] if base == 1 else _direct(q, k, d, base)
+    for half, reach, rest in d.levels:
+        cross = (_half_blocks(q, half, sink) * reach) @ (_half_blocks(k, half, source) * rest).mT
+        first, second = blocks.unflatten(-3, (-1, 2)).unbind(-3)
+        zero = torch.zeros_like(cross)
         upper, lower = (cross, zero) if d.reverse else (zero, cross)
         blocks = torch.cat((torch.cat((first, upper), -1), torch.cat((lower, second), -1)), -2)
     return blocks.squeeze(-3)
@@ -302,15 +304,18 @@ def _halving(q: Tensor, k: Tensor, d: Direction) -> Tensor:
 
 def _halving_backward(q: Tensor, k: Tensor, p: Tensor, d: Direction) -> tuple[Tensor, Tensor]:
     """Gradients of q and k through `_halving`, given p, the gradient of its matrix."""
+    if d.g is None:
+        p = p.triu() if d.reverse else p.tril()
+        return p @ k, p.mT @ q
     source, sink = (1, 0) if d.reverse else (0, 1)
     diagonal = p.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
     dq, dk = diagonal * k, diagonal * q
-    for half, reach, rest in _halving_levels(d, q.shape[-2]):
+    for half, reach, rest in d.levels:
         blocks = p.unflatten(-1, (-1, 2, half)).unflatten(-4, (-1, 2, half))  # (..., rows, 2, half, columns, 2, half)
         block = blocks[..., sink, :, :, source, :].diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
-        q_half, k_half = _times(_half_blocks(q, half, sink), reach), _times(_half_blocks(k, half, source), rest)
-        _half_blocks(dq, half, sink).add_(_times(block @ k_half, reach))
-        _half_blocks(dk, half, source).add_(_times(block.mT @ q_half, rest))
+        q_half, k_half = _half_blocks(q, half, sink) * reach, _half_blocks(k, half, source) * rest
+        _half_blocks(dq, half, sink).add_((block @ k_half) * reach)
+        _half_blocks(dk, half, source).add_((block.mT @ q_half) * rest)
     return dq, dk
 
 

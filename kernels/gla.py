@@ -6,8 +6,8 @@ Forward scan, per batch entry and head (K key channels, V value channels, gate g
     o_t = scale * S_t^T q_t
 
 The gate of token t multiplies the state that arrives at t, before k_t v_t^T is added. The reversed scan is its mirror
-image, R_t = diag(exp g_t) R_{t+1} + k_t v_t^T. The bidirectional op is scale * (forward + reversed) / 2, so a token sees
-itself with full weight and every other token with half of its one-directional weight.
+image, R_t = diag(exp g_t) R_{t+1} + k_t v_t^T. The bidirectional op is scale * (forward + reversed) / 2, so a token
+sees itself with full weight and every other token with half of its one-directional weight.
 
 Shapes follow flash-linear-attention: q, k (B, T, H, K), v (B, T, H, V), g (B, T, H, K) or (B, T, H) or None.
 Sources: gated linear attention, arXiv 2312.06635; the bidirectional merge, arXiv 2405.18425 (ViG).
@@ -245,8 +245,8 @@ def _check(op: str, q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Tensor | N
         raise ValueError(f'{op}: q, k, v must be on one device, got {q.device}, {k.device}, {v.device}')
     if cu_seqlens is not None and (q.shape[0] != 1 or cu_seqlens.ndim != 1 or cu_seqlens.is_floating_point()):
         raise ValueError(
-            f'{op}: with cu_seqlens, the sequences are packed in one row: expected B = 1 and cu_seqlens an integer vector '
-            f'(0, ..., T), got B = {q.shape[0]} and {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}'
+            f'{op}: with cu_seqlens, the sequences are packed in one row: expected B = 1 and cu_seqlens an integer '
+            f'vector (0, ..., T), got B = {q.shape[0]} and {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}'
         )
 
 

@@ -39,9 +39,13 @@ def config(dtype: torch.dtype, K: int, V: int, backward: bool) -> Config:
     bk, bv = next_power(K), min(64, next_power(V))
     nv = ceil_div(V, bv)
     if dtype != torch.bfloat16:
-        return Config(32, bk, bv, nv, {'num_warps': 4, 'num_stages': 2}, {'num_warps': 4, 'num_stages': 2})
-    bt = 32 if backward and bk > 64 else 64
-    return Config(bt, bk, bv, nv, {'num_warps': 4, 'num_stages': 3}, {'num_warps': 4, 'num_stages': 2})
+        bt = 16 if bk > 64 else 32
+        return Config(bt, bk, bv, nv, {'num_warps': 4, 'num_stages': 2}, {'num_warps': 8, 'num_stages': 2})
+    if backward:
+        # 64-row chunks are miscompiled here (Triton 3.6, wgmma): wrong gradients, illegal accesses.
+        warps = 4 if bk <= 32 else 8
+        return Config(32, bk, bv, nv, {'num_warps': 4, 'num_stages': 3}, {'num_warps': warps, 'num_stages': 2})
+    return Config(64, bk, bv, nv, {'num_warps': 4, 'num_stages': 3}, {'num_warps': 4, 'num_stages': 2})
 
 
 def unsupported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *gates: torch.Tensor | None) -> str | None:
@@ -135,9 +139,10 @@ class _Pass:
         self.common = strides | sizes | shapes
         self.init, self.dinit = init, dinit
         # The two forms of a chunk are two launches, each of which returns at once from the other's chunks: one kernel
-        # with a branch would hold the registers of both.
-        self.forms = (False, True) if self.gate else (False,)
-        self.limit = -20.0 if prec == 'ieee' else -100.0
+        # with a branch would hold the registers of both. fp32 takes the safe form everywhere, the more exact one.
+        self.forms = (False,) if self.gate == 0 else (True,) if q.dtype == torch.float32 else (False, True)
+        self.limit = float('inf') if self.forms == (True,) else -100.0
+        self.limit = -100.0
 
     def run_states(self, final: torch.Tensor | None) -> None:
         """Fill the states, and `final` with the state (or in a backward pass its gradient) past the last token."""

@@ -152,14 +152,14 @@ def gla_kernel_states(
             n = tl.cast(seg, tl.int64)
         else:
             n = b
-        at = (n * H + h) * K * V + kk[None, :] * V + vv[:, None]
+        spot = (n * H + h) * K * V + kk[None, :] * V + vv[:, None]
         if nseg == 1:
             if INIT:
                 if not adjoint:
-                    state = tl.load(init + at, mask=ok, other=0.0)
+                    state = tl.load(init + spot, mask=ok, other=0.0)
             if DINIT:
                 if adjoint:
-                    state = tl.load(dinit + at, mask=ok, other=0.0)
+                    state = tl.load(dinit + spot, mask=ok, other=0.0)
     run = tl.zeros((BV, BK), dtype=tl.float32)
     tile = (slot * H + h).to(tl.int64) * n_chunks + chunk0
     for step in range(0, count):
@@ -186,11 +186,11 @@ def gla_kernel_states(
             x = x.to(tl.float32) * weight
         state += mm(tl.trans(y), x, CT, PREC)
     if nseg > 1:
-        at = (slot * H + h).to(tl.int64) * n_segs + seg
-        tl.store(seg_state + (at * (NV * BV) + vv[:, None]) * BK + kk[None, :], state)
+        own_seg = (slot * H + h).to(tl.int64) * n_segs + seg
+        tl.store(seg_state + (own_seg * (NV * BV) + vv[:, None]) * BK + kk[None, :], state)
         if GATE:
             one = (vv == 0)[:, None]  # every row holds the same
-            tl.store(seg_total + at * BK + kk[None, :] + 0 * vrow[:, None], run, mask=one)
+            tl.store(seg_total + own_seg * BK + kk[None, :] + 0 * vrow[:, None], run, mask=one)
     elif FINAL:
         ok = (vv < V)[:, None] & (kk < K)[None, :]
         if adjoint == (FINAL == 2):
