@@ -15,8 +15,7 @@ if not torch.cuda.is_available():
 def pytest_configure(config):
     if 'net' not in (config.getoption('markexpr') or '').replace('not net', ''):
         os.environ['HF_HUB_OFFLINE'] = '1'  # a default run never waits for a network
-    if os.environ.get('PYTEST_XDIST_WORKER'):
-        torch.set_num_threads(1)  # the workers share the cores
+    torch.set_num_threads(1)  # small tensors: a second thread costs more than it brings, above all on busy machines
 
 
 @pytest.fixture(autouse=True)

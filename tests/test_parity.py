@@ -1,0 +1,174 @@
+"""Outputs of the published implementations for regenerated weights, and the published sizes of every variant."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from parity.weights import image_batch, state_dict
+
+import zoo
+
+HERE = Path(__file__).parent / 'parity'
+CASES = sorted(p.stem for p in HERE.glob('*.json'))
+
+# Of the paper's variants: width(s), depth(s), parameters.
+PLAIN = {
+    'vig_tiny_patch16_224': (192, 3, 512, 5_834_536),
+    'vig_small_patch16_224': (384, 6, 1024, 22_615_144),
+    'vig_base_patch16_224': (768, 12, 2048, 89_022_184),
+}
+HIER = {
+    'vig_hier_tiny_224': (96, (2, 2, 5, 2), (256, 512, 1024, 2048), 28_600_680),
+    'vig_hier_small_224': (96, (2, 2, 17, 2), (256, 512, 1024, 2048), 50_051_688),
+    'vig_hier_base_224': (128, (2, 2, 17, 2), (352, 704, 1376, 2752), 88_904_360),
+}
+
+
+class Case:
+    def __init__(self, name, folder):
+        self.manifest = json.loads((HERE / f'{name}.json').read_text())
+        self.arrays = np.load(HERE / f'{name}.npz')
+        file = folder / 'published.pth'
+        torch.save({self.manifest['wrapper']: state_dict(self.manifest, self.arrays)}, file)
+        kwargs = dict(pretrained=True, pretrained_cfg_overlay={'file': str(file)})
+        self.model = timm.create_model(self.manifest['name'], **kwargs).eval()
+        self.x = image_batch(self.manifest['inputs']['x'])
+        with torch.no_grad():
+            self.final, self.maps = self.model.forward_intermediates(self.x)
+            self.logits = self.model.forward_head(self.final)
+        if self.final.ndim == 3:
+            self.final = self.final.transpose(1, 2)
+
+    def close(self, actual, key):
+        """Within the case's own tolerance of the recorded array, or of the array times its size where that is large."""
+        expected = torch.from_numpy(self.arrays[f'out/{key}'])
+        limit = self.manifest['suggested_atol'] * max(1.0, float(expected.abs().max()))
+        assert actual.shape == expected.shape, key
+        error = float((actual - expected).abs().max())
+        assert error <= limit, f'{key}: max abs error {error:.2e}, limit {limit:.1e}'
+
+    def close_moments(self, x, key, index=None):
+        """Mean and standard deviation over the pixels of (B, C, ...)."""
+        x = x.flatten(2).double()
+        for name, actual in (('mean', x.mean(2)), ('std', x.std(2, correction=0))):
+            if index is None:
+                self.close(actual.float(), f'{key}_{name}')
+            else:
+                expected = torch.from_numpy(self.arrays[f'out/{key}_{name}'][index])
+                limit = self.manifest['suggested_atol'] * max(1.0, float(expected.abs().max()))
+                assert float((actual.float() - expected).abs().max()) <= limit, f'{key}_{name}[{index}]'
+
+
+@pytest.fixture(scope='module', params=CASES)
+def case(request, tmp_path_factory):
+    return Case(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def test_cases_are_there():
+    assert set(CASES) == {'vig_tiny_patch16_224', 'vig_hier_tiny_224'}
+
+
+def test_logits(case):
+    expected = torch.from_numpy(case.arrays['out/logits'])
+    assert float((case.logits - expected).abs().max()) <= case.manifest['suggested_atol']
+    case.close(case.logits, 'logits_from_float64')
+    with torch.no_grad():
+        torch.testing.assert_close(case.model(case.x), case.logits)
+
+
+def test_intermediate_statistics(case):
+    with torch.no_grad():
+        stem = case.model.patch_embed(case.x)
+    case.close_moments(stem.permute(0, 3, 1, 2), 'patch_embed')
+    case.close_moments(case.final, 'feat')
+    outputs = case.manifest['outputs']
+    if 'block_mean' in outputs:
+        for i, x in enumerate(case.maps):
+            case.close_moments(x, 'block', i)
+    else:
+        for i, x in enumerate(case.maps):
+            case.close_moments(x, f'stage{i}')
+
+
+def test_naive_scan_agrees(case):
+    """The oracle of the scan, on a smaller picture: the fast path is no closer to the paper than to its own oracle."""
+    x = case.x[:1, :, :64, :96]
+    with torch.no_grad():
+        fast = case.model(x)
+        with zoo.kernel_backend('naive'):
+            slow = case.model(x)
+    torch.testing.assert_close(fast, slow, rtol=1e-4, atol=case.manifest['suggested_atol'])
+
+
+def mixer_keys(prefix, dim, heads):
+    return {
+        f'{prefix}.in_proj.0.weight': (dim, 1, 3, 3),
+        f'{prefix}.qkv_proj.weight': (2 * dim, dim),
+        f'{prefix}.gk_proj.0.weight': (16, dim),
+        f'{prefix}.gk_proj.1.weight': (dim, 16),
+        f'{prefix}.gk_proj.1.bias': (dim,),
+        f'{prefix}.g_proj.weight': (dim, dim),
+        f'{prefix}.g_proj.bias': (dim,),
+        f'{prefix}.g_norm.weight': (dim // heads,),
+        f'{prefix}.l_norm.weight': (dim // heads,),
+        f'{prefix}.o_proj.weight': (dim, dim),
+    }
+
+
+def with_bias(prefix, *shape):
+    return {f'{prefix}.weight': shape, f'{prefix}.bias': shape[:1]}
+
+
+def plain_keys(dim, heads, hidden):
+    keys = {'pos_embed': (1, 196, dim)}
+    keys |= with_bias('patch_embed.proj.0', dim // 2, 3, 9, 9) | with_bias('patch_embed.proj.1', dim // 2)
+    keys |= with_bias('patch_embed.proj.3', dim, dim // 2, 3, 3) | with_bias('patch_embed.proj.4', dim)
+    for i in range(12):
+        keys |= {f'blocks.{i}.attn_norm.weight': (dim,), f'blocks.{i}.mlp_norm.weight': (dim,)}
+        keys |= mixer_keys(f'blocks.{i}.attn', dim, heads)
+        keys[f'blocks.{i}.mlp.gate_proj.weight'] = (2 * hidden, dim)
+        keys[f'blocks.{i}.mlp.down_proj.weight'] = (dim, hidden)
+    return keys | {'norm.weight': (dim,)} | with_bias('head', 1000, dim)
+
+
+def hier_keys(width, depths, hidden):
+    keys = with_bias('patch_embed.0', width // 2, 3, 3, 3) | with_bias('patch_embed.2', width // 2)
+    keys |= with_bias('patch_embed.5', width, width // 2, 3, 3) | with_bias('patch_embed.7', width)
+    for s, depth in enumerate(depths):
+        dim = width * 2**s
+        for j in range(depth):
+            block = f'layers.{s}.blocks.{j}'
+            keys |= with_bias(f'{block}.norm', dim) | with_bias(f'{block}.norm2', dim)
+            keys |= mixer_keys(f'{block}.op', dim, dim // 32)
+            keys |= {f'{block}.mlp.fc1.weight': (2 * hidden[s], dim), f'{block}.mlp.fc2.weight': (dim, hidden[s])}
+        if s < 3:
+            down = f'layers.{s}.downsample'
+            keys |= with_bias(f'{down}.1', 2 * dim, dim, 3, 3) | with_bias(f'{down}.3', 2 * dim)
+    return keys | with_bias('classifier.norm', 8 * width) | with_bias('classifier.head', 1000, 8 * width)
+
+
+@pytest.mark.parametrize('name', [*PLAIN, *HIER])
+def test_published_keys_and_sizes(name):
+    """The state dict has the published key names and shapes, so that the authors' files load without renaming."""
+    make, variants = (plain_keys, PLAIN) if name in PLAIN else (hier_keys, HIER)
+    *args, params = variants[name]
+    with torch.device('meta'):
+        model = timm.create_model(name)
+    assert {k: tuple(v.shape) for k, v in model.state_dict().items()} == make(*args)
+    assert sum(p.numel() for p in model.parameters()) == params
+    assert sum(math.prod(s) for s in make(*args).values()) == params
+
+
+@pytest.mark.parametrize('name', [*PLAIN, *HIER])
+def test_default_scale_of_the_directions(name):
+    """Plain ViG was evaluated with a quarter of the sum of the directions, ViG-H with half."""
+    with torch.device('meta'):
+        model = timm.create_model(name)
+        other = timm.create_model(name, merge_scale=0.5 if name in PLAIN else 0.25)
+    for (mixer, _), (other_mixer, _) in zip(model.token_mixers(), other.token_mixers(), strict=True):
+        assert model.get_submodule(mixer).merge_scale == (0.25 if name in PLAIN else 0.5)
+        assert other.get_submodule(other_mixer).merge_scale == (0.5 if name in PLAIN else 0.25)
