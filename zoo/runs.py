@@ -41,6 +41,7 @@ _NOISE = (
     '.*isinstance.treespec, LeafSpec.*',
     '.*Trying to infer the `batch_size`.*',
     '.*Experiment logs directory.*',
+    '.*IterableDataset. has .__len__. defined.*',
     '.*callbacks used to create the checkpoint need to be provided.*',
 )
 
@@ -85,16 +86,17 @@ def run(verb: str, argv: list[str]) -> int:
     Returns:
         Exit code.
     """
-    for pattern in _NOISE:
-        warnings.filterwarnings('ignore', message=pattern)
     for logger in ('lightning.pytorch', 'lightning.fabric'):
         logging.getLogger(logger).setLevel(logging.WARNING)
-    warnings.formatwarning = lambda message, *_, **__: f'warning: {message}\n'  # without our line of source code
-    former = sys.argv
+    former_argv, former_format = sys.argv, warnings.formatwarning
     # Lightning starts further processes with sys.argv, so the resolved arguments belong there
-    sys.argv = [former[0], verb, *resolve_arguments(verb, argv)]
+    sys.argv = [former_argv[0], verb, *resolve_arguments(verb, argv)]
     try:
-        ZooCLI()
+        with warnings.catch_warnings():
+            for pattern in _NOISE:
+                warnings.filterwarnings('ignore', message=pattern)
+            warnings.formatwarning = lambda message, *_, **__: f'warning: {message}\n'  # no line of source code
+            ZooCLI()
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 1 if stop.code else 0
     except Exception as error:
@@ -102,7 +104,7 @@ def run(verb: str, argv: list[str]) -> int:
             raise
         raise known from error
     finally:
-        sys.argv = former
+        sys.argv, warnings.formatwarning = former_argv, former_format
     return 0
 
 
@@ -136,6 +138,7 @@ def resolve_arguments(verb: str, argv: list[str]) -> list[str]:
     """Replaces config names by paths; without a config, takes the one that was saved with the checkpoint."""
     resolved: list[str] = []
     checkpoint, has_config, expect = None, False, None
+    argv = spell_null(argv)
     for argument in argv:
         key, eq, value = argument.partition('=')
         if expect == 'config' or (key in ('--config', '-c') and eq):
@@ -151,6 +154,18 @@ def resolve_arguments(verb: str, argv: list[str]) -> list[str]:
         example = '--config quickstart' if verb == 'fit' else f'--ckpt_path runs/NAME/{CHECKPOINTS}/{BEST}'
         raise ZooError(f'{verb} needs to know what to run: {example}')
     return resolved
+
+
+def spell_null(argv: list[str]) -> list[str]:
+    """Rewrites --model.optim.eps=null as --model.optim={"eps": null}: jsonargparse reads the former as 'None'."""
+    joined: list[str] = []
+    for argument in argv:
+        if argument == 'null' and joined and joined[-1].startswith('--') and '=' not in joined[-1]:
+            joined[-1] += '=null'
+        else:
+            joined.append(argument)
+    nested = re.compile(r'--((?:model|data)(?:\.init_args)?\.(?!init_args)\w+)\.(\w+)=null')
+    return [f'--{m[1]}={{"{m[2]}": null}}' if (m := nested.fullmatch(argument)) else argument for argument in joined]
 
 
 def config_of(checkpoint: Path) -> Path:

@@ -46,6 +46,8 @@ class Schedule:
     Args:
         name: A timm schedule.
         warmup_epochs: Epochs of linear warm-up, part of the total; at most half of it.
+        warmup_prefix: Whether the decay begins where the warm-up ends and takes the rest of the run; otherwise it runs
+            from step 0 and the warm-up hides its beginning.
         warmup_lr: Where the warm-up starts; scaled like lr.
         min_lr: Where the decay ends; scaled like lr.
         decay_epochs: Epochs between drops (step) or length of the decay (wsd).
@@ -54,6 +56,7 @@ class Schedule:
 
     name: Literal['cosine', 'step', 'poly', 'wsd', 'constant'] = 'cosine'
     warmup_epochs: float = 5.0
+    warmup_prefix: bool = True
     warmup_lr: float = 1e-6
     min_lr: float = 1e-6
     decay_epochs: float | None = None
@@ -116,15 +119,17 @@ class UpdateSchedule:
     ) -> None:
         self.optimizer = optimizer
         decay = schedule.decay_epochs
+        warmup = min(round(schedule.warmup_epochs * steps_per_epoch), total_steps // 2)
         self.timm, _ = create_scheduler_v2(
             optimizer,
             sched=schedule.name,
-            num_epochs=max(total_steps, 1),
+            num_epochs=max(total_steps - (warmup if schedule.warmup_prefix else 0), 1),
             decay_epochs=max(1, round(decay * steps_per_epoch)) if decay is not None else None,
             decay_rate=schedule.decay_rate,
             min_lr=schedule.min_lr * factor,
             warmup_lr=schedule.warmup_lr * factor,
-            warmup_epochs=min(round(schedule.warmup_epochs * steps_per_epoch), total_steps // 2),
+            warmup_epochs=warmup,
+            warmup_prefix=schedule.warmup_prefix,
             step_on_epochs=False,
             updates_per_epoch=1,
         )

@@ -1,0 +1,78 @@
+"""Every packaged config starts, takes two optimisation steps on generated images, and says what a config has to say."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import yaml
+from PIL import Image
+
+import zoo
+from zoo.cli import main
+
+ROOT = next(Path(base) / 'configs' for base in zoo.__path__ if (Path(base) / 'configs').is_dir())
+CONFIGS = sorted(ROOT.rglob('*.yaml'))
+
+
+@pytest.fixture(scope='module')
+def images(tmp_path_factory):
+    """Two classes, four images a split."""
+    folder, rng = tmp_path_factory.mktemp('images'), np.random.default_rng(0)
+    for split in ('train', 'val'):
+        for name in ('left', 'right'):
+            (folder / split / name).mkdir(parents=True)
+            for number in range(2):
+                pixels = rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / split / name / f'{number}.png')
+    return folder
+
+
+def test_configs_are_found():
+    assert {p.stem for p in CONFIGS} >= {'quickstart', 'vig_tiny_patch16_224', 'vig_hier_base_224'}
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda p: str(p.relative_to(ROOT).with_suffix('')))
+def test_header(path):
+    head = path.read_text().split('\n\n')[0]
+    assert all(line.startswith('#') for line in head.splitlines())
+    for word in ('Reproduces', 'Expects', 'Run '):
+        assert word in head, f'{path.name} does not say what it {word.strip().lower()}'
+    assert re.search(r'Takes|Hardware', head)
+    assert f'--config configs/{path.relative_to(ROOT)}' in head
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda p: str(p.relative_to(ROOT).with_suffix('')))
+def test_takes_two_steps(path, images, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    config = yaml.safe_load(path.read_text())
+    big = 'base' in path.stem or 'hier' in path.stem  # a gigabyte of optimizer state: not worth writing here
+    overrides = ['--trainer.max_steps=2', '--trainer.limit_val_batches=1', '--run.test_after_fit=false']
+    overrides += [
+        '--trainer.accelerator=cpu',
+        '--trainer.devices=1',
+        '--trainer.num_nodes=1',
+        '--trainer.precision=32-true',
+    ]
+    if config['data']['class_path'].endswith('ImageFolder'):
+        overrides += [f'--data.path={images}', '--data.batch_size=2', '--data.num_workers=0', '--data.view.size=32']
+        overrides += ['--model.num_classes=2']
+    overrides += ['--trainer.enable_checkpointing=false'] if big else []
+    assert main(['fit', f'--config={path}', *overrides]) == 0, capsys.readouterr().err
+    run = tmp_path / 'runs' / path.stem
+    assert (run / 'checkpoints' / 'last.ckpt').is_file() or big
+    saved = yaml.safe_load((run / 'config.yaml').read_text())
+    assert saved['trainer']['max_steps'] == 2
+    assert saved['model']['init_args']['optim']['weight_decay'] == config['model']['init_args']['optim']['weight_decay']
+
+
+@pytest.mark.parametrize('path', sorted((ROOT / 'classify').glob('*.yaml')), ids=lambda p: p.stem)
+def test_recipe_is_named_after_its_model(path):
+    config = yaml.safe_load(path.read_text())
+    assert config['model']['init_args']['net'] == path.stem == config['run']['name']
+    assert timm.is_model(path.stem)
+    trainer, data = config['trainer'], config['data']['init_args']
+    assert data['batch_size'] * trainer['devices'] * trainer['num_nodes'] == 1024
+    assert data['view']['size'] == timm.get_pretrained_cfg(path.stem).input_size[-1]
+    assert data['view']['crop_pct'] == timm.get_pretrained_cfg(path.stem).crop_pct
