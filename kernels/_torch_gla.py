@@ -111,16 +111,20 @@ def export_gla(q, k, v, gates, scale, initial_state):
     if isinstance(length, int):
         chunk, pad = _safe_layout(length)
     else:
-        # Never zero and at least two chunks: tracing would single out those cases.
-        chunk, pad = SAFE_CHUNK, 2 * SAFE_CHUNK - length % SAFE_CHUNK
+        # At least two chunks, as tracing would single out one; no remainder, which symbolic shapes are slow with.
+        chunk, pad = SAFE_CHUNK, ((length - 1) // SAFE_CHUNK + 2) * SAFE_CHUNK - length
     base = min(EXPORT_BASE, chunk)
-    qc, kc, vc = (_chunked(x, chunk, pad, dtype) for x in (q, k, v))
-    out, state = 0, None
-    for g, reverse in gates:
-        d = _safe_direction(None if g is None else _chunked(_four_dims(g), chunk, pad, dtype), reverse, base)
-        states, state = _states_by_matrix(d.scaled_k(kc).mT @ vc, d, initial_state)
-        out = out + _halving(qc, kc, d, base) @ vc + d.scaled_q(qc) @ states
-    return _unchunked(out * scale)[:, :length].to(v.dtype), state
+    # Directions are batch rows, reversed ones flipped: one set of operators for both halves the graph.
+    flips = [reverse for _, reverse in gates]
+    stack = lambda xs: torch.cat([x.flip(1) if flip else x for x, flip in zip(xs, flips)])  # noqa: E731
+    qc, kc, vc = (_chunked(stack([x] * len(flips)), chunk, pad, dtype) for x in (q, k, v))
+    ungated = gates[0][0] is None
+    g = None if ungated else _chunked(stack([_four_dims(g) for g, _ in gates]), chunk, pad, dtype)
+    d = _safe_direction(g, False, base)
+    states, state = _states_by_matrix(d.scaled_k(kc).mT @ vc, d, initial_state)
+    out = _unchunked(_halving(qc, kc, d, base) @ vc + d.scaled_q(qc) @ states)[:, :length] * scale
+    out = sum(o.flip(1) if flip else o for o, flip in zip(out.unflatten(0, (len(flips), -1)).unbind(), flips))
+    return out.to(v.dtype), state
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -341,26 +345,22 @@ def _order(count: int, reverse: bool) -> range:
 
 
 def _states_by_matrix(kv: Tensor, d: Direction, initial: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`_states_by_loop` of safe decays without a loop: a matrix of the decays between all pairs of chunks."""
-    if d.reverse:
-        kv = kv.flip(2)
-    if d.total is None:
-        total = kv.cumsum(2) if initial is None else kv.cumsum(2) + initial.to(kv.dtype).unsqueeze(2)
-        states, final = total - kv, total[:, :, -1]
-    else:
-        log_total = d.g.sum(-2).double()  # doubles: differences of long cumulative sums follow
-        log_total = log_total.flip(2) if d.reverse else log_total
-        upto = log_total.cumsum(2)
-        before = upto - log_total
-        gaps = before.unsqueeze(3) - upto.unsqueeze(2)  # (B, H, N to, N from, K)
-        positions = torch.arange(kv.shape[2], device=kv.device)
-        earlier = (positions[:, None] > positions[None, :])[..., None]
-        decay = torch.where(earlier, gaps, float('-inf')).exp().to(kv.dtype).expand(-1, -1, -1, -1, kv.shape[-2])
-        states = torch.einsum('bhnmk,bhmkv->bhnkv', decay, kv)
-        if initial is not None:
-            states = states + before.exp().to(kv.dtype).unsqueeze(-1) * initial.to(kv.dtype).unsqueeze(2)
-        final = states[:, :, -1] * log_total[:, :, -1].exp().to(kv.dtype).unsqueeze(-1) + kv[:, :, -1]
-    return (states.flip(2) if d.reverse else states), final
+    """`_states_by_loop` of safe forward decays without a loop: a matrix of the decays between all pairs of chunks."""
+    if d.g is None:
+        after = kv.cumsum(2) if initial is None else kv.cumsum(2) + initial.to(kv.dtype).unsqueeze(2)
+        return after - kv, after[:, :, -1]
+    log_total = d.g.sum(-2).double()  # doubles: differences of long cumulative sums follow
+    upto = log_total.cumsum(2)
+    before = upto - log_total
+    gaps = before.unsqueeze(3) - upto.unsqueeze(2)  # (B, H, N to, N from, K)
+    positions = torch.arange(kv.shape[2], device=kv.device)
+    earlier = (positions[:, None] > positions[None, :])[..., None]
+    decay = torch.where(earlier, gaps, float('-inf')).exp().to(kv.dtype).expand(-1, -1, -1, -1, kv.shape[-2])
+    states = torch.einsum('bhnmk,bhmkv->bhnkv', decay, kv)
+    if initial is not None:
+        states = states + before.exp().to(kv.dtype).unsqueeze(-1) * initial.to(kv.dtype).unsqueeze(2)
+    final = states[:, :, -1] * log_total[:, :, -1].exp().to(kv.dtype).unsqueeze(-1) + kv[:, :, -1]
+    return states, final
 
 
 # --------------------------------------------------------------------------------------------------------------------
