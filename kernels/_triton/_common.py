@@ -64,15 +64,9 @@ def gate_sums(member, g, MT: tl.constexpr, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def run_sums(member, x, CT: tl.constexpr, PREC: tl.constexpr):
+def run_sums(member, x, PREC: tl.constexpr):
     """Sums of fp32 values over sets of tokens: member (R, C) is 0/1, x (C, K) fp32 -> (R, K) fp32."""
-    if CT == tl.float32:
-        return tl.dot(member.to(tl.float32), x, input_precision=PREC)
-    else:
-        hi = x.to(CT)
-        lo = (x - hi.to(tl.float32)).to(CT)
-        m = member.to(CT)
-        return tl.dot(m, lo, acc=tl.dot(m, hi))
+    return tl.dot(member.to(tl.float32), x, input_precision=PREC)
 
 
 def interpreting() -> bool:

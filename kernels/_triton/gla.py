@@ -10,42 +10,56 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from zoo.kernels._triton._common import alignment, ceil_div, compute_types, gate_types, next_power
+from zoo.kernels._triton._common import alignment, ceil_div, compute_types, gate_types, interpreting, next_power
 from zoo.kernels._triton.gla_chunks import gla_bwd_kernel_chunk, gla_fwd_kernel_out
 from zoo.kernels._triton.gla_states import gla_kernel_scan, gla_kernel_states, gla_kernel_table
+from zoo.kernels._triton.gla_sweep import gla_fwd_kernel_sweep
 
 MAX_DIM = 128
 FORWARD, REVERSE, BOTH = 1, 2, 3
 SEGMENT = 512  # tokens
 MAX_SEGMENTS = 32
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LIMIT = -100.0  # log 2 of the smallest gate product inside a chunk that the fast form takes
 
-_scan_ready: set[tuple] = set()
+_plans: dict[tuple, Plan] = {}
+_compiled: dict[tuple, object] = {}
 
 
 class Config(NamedTuple):
-    """Sizes and launch options of one pass: chunk, padded K, value block, number of value blocks, warps and stages."""
+    """Sizes and launch options of one pass.
+
+    bt: tokens in a chunk; bk: K padded; bv: value block; nv: number of value blocks; sweep: whether one program runs
+    over a whole segment (bidirectional forward) instead of one per chunk; states, chunks: options of the two kernels.
+    """
 
     bt: int
     bk: int
     bv: int
     nv: int
+    sweep: bool
     states: dict
     chunks: dict
 
 
-def config(dtype: torch.dtype, K: int, V: int, backward: bool) -> Config:
-    """The fixed table of block sizes, measured on an H200 (docs/results/gla-kernels-h200.json)."""
+def config(dtype: torch.dtype, K: int, V: int, backward: bool, bidirectional: bool) -> Config:
+    """The fixed table of block sizes, measured on an H200 (docs/results/gla-kernels-h200.json).
+
+    Every row has a case in tests/gpu/check_gla.py: Triton 3.6 miscompiles some choices on Hopper, such as 64-row chunks
+    in the backward pass or with 8 warps (wrong results, illegal accesses).
+    """
     bk, bv = next_power(K), min(64, next_power(V))
     nv = ceil_div(V, bv)
     if dtype != torch.bfloat16:
         bt = 16 if bk > 64 else 32
-        return Config(bt, bk, bv, nv, {'num_warps': 4, 'num_stages': 2}, {'num_warps': 8, 'num_stages': 2})
+        return Config(bt, bk, bv, nv, False, _options(4, 2), _options(8, 2))
     if backward:
-        # 64-row chunks are miscompiled here (Triton 3.6, wgmma): wrong gradients, illegal accesses.
-        warps = 4 if bk <= 32 else 8
-        return Config(32, bk, bv, nv, {'num_warps': 4, 'num_stages': 3}, {'num_warps': warps, 'num_stages': 2})
-    return Config(64, bk, bv, nv, {'num_warps': 4, 'num_stages': 3}, {'num_warps': 4, 'num_stages': 2})
+        return Config(32, bk, bv, nv, False, _options(4, 3), _options(4 if bk <= 32 else 8, 2))
+    return Config(64, bk, bv, nv, bidirectional and bk <= 64, _options(4, 3), _options(4, 3))
+
+
+def _options(warps: int, stages: int) -> dict:
+    return {'num_warps': warps, 'num_stages': stages}
 
 
 def unsupported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *gates: torch.Tensor | None) -> str | None:
@@ -65,143 +79,197 @@ def _rows(x: torch.Tensor | None) -> torch.Tensor | None:
     return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
-class _Pass:
-    """One pass over one set of inputs: sizes, scratch and the launches that forward and backward share."""
+class Plan:
+    """All that follows from shapes, types and strides: sizes, grids and constants of every launch of one pass."""
 
-    def __init__(self, q, k, v, gf, gb, scale, init, cu_seqlens, dirs, do=None, dinit=None):
+    def __init__(self, q, k, v, gf, gb, do, init, dinit, N, dirs, varlen, final):
         B, T, H, K = q.shape
         V = v.shape[-1]
         g = gf if gf is not None else gb
-        per_head = g is not None and g.dim() == 3
-        if not per_head:
-            gf, gb = _rows(gf), _rows(gb)
-        q, k, v, do = _rows(q), _rows(k), _rows(v), _rows(do)
-        backward = do is not None
-        cfg = config(q.dtype, K, V, backward)
-        self.cfg, self.backward, self.dirs, self.varlen = cfg, backward, dirs, cu_seqlens is not None
-        self.B, self.T, self.H, self.K, self.V = B, T, H, K, V
-        self.N = cu_seqlens.shape[0] - 1 if self.varlen else B
-        self.kinds = (2 if dirs == BOTH else 1) * (2 if backward else 1)
-        device = q.device
+        self.gate = 0 if g is None else 1 if g.dim() == 3 else 2
+        self.backward = do is not None
+        cfg = config(q.dtype, K, V, self.backward, dirs == BOTH and self.gate > 0)
+        self.cfg, self.varlen, self.N, self.H = cfg, varlen, N, H
+        self.sweep = cfg.sweep
+        kinds = (2 if dirs == BOTH else 1) * (2 if self.backward else 1)
 
-        length = ceil_div(T, self.N) if self.varlen else T
-        long = length > SEGMENT
-        self.nch = ceil_div(T, cfg.bt)
-        self.cps = max(SEGMENT // cfg.bt, ceil_div(self.nch, MAX_SEGMENTS)) if long else 1 << 20
-        if self.varlen:
-            self.n_chunks = T // cfg.bt + self.N
-            self.n_segs = self.nch // self.cps + self.N
-            self.nseg = 2 if long else 1
-            cu = cu_seqlens.to(torch.int32) if cu_seqlens.dtype != torch.int64 else cu_seqlens
-            self.chunks = torch.full((self.n_chunks, 4), -1, dtype=torch.int32, device=device)
-            self.segs = torch.full((self.n_segs, 4), -1, dtype=torch.int32, device=device)
-            self.spans = torch.empty((self.N, 2), dtype=torch.int32, device=device)
-            gla_kernel_table[(self.N,)](cu, self.chunks, self.segs, self.spans, self.N, self.n_chunks, self.n_segs,
-                                        self.cps, BT=cfg.bt, BN=128, num_warps=1)  # fmt: skip
+        long = (ceil_div(T, N) if varlen else T) > SEGMENT
+        nch = ceil_div(T, cfg.bt)
+        self.cps = cps = max(SEGMENT // cfg.bt, ceil_div(nch, MAX_SEGMENTS)) if long else 1 << 20
+        if varlen:
+            nseg = 2 if long else 1  # only whether there are several counts
+            self.n_chunks, self.n_segs = T // cfg.bt + N, nch // cps + N
         else:
-            self.nseg = ceil_div(self.nch, self.cps)
-            self.n_chunks, self.n_segs = B * self.nch, B * self.nseg
-            self.chunks = self.segs = self.spans = q
+            nseg = ceil_div(nch, cps)
+            self.n_chunks, self.n_segs = B * nch, B * nseg
+        self.several = nseg > 1
         ct, prec = compute_types(q.dtype)
         mt, split = gate_types(q.dtype, None if g is None else g.dtype)
-        state_dtype = torch.bfloat16 if ct.name == 'bf16' else torch.float32
         vp = cfg.nv * cfg.bv
-        rows = self.kinds * H * self.n_chunks
-        self.states = torch.empty((rows, vp, cfg.bk), dtype=state_dtype, device=device)
-        if g is None:
-            self.totals = self.prefix = q
-        else:
-            self.totals = torch.empty((rows, cfg.bk), dtype=torch.float32, device=device)
-            self.prefix = torch.empty((rows, cfg.bk), dtype=torch.float32, device=device)
-        if self.nseg > 1:
-            segs = self.kinds * H * self.n_segs
-            self.seg_state = torch.empty((segs, vp, cfg.bk), dtype=torch.float32, device=device)
-            self.seg_total = torch.empty((segs, cfg.bk), dtype=torch.float32, device=device)
-        else:
-            self.seg_state = self.seg_total = self.states if ct.name == 'fp32' else init if init is not None else q
+        self.state_dtype = torch.bfloat16 if ct.name == 'bf16' else torch.float32
+        self.state_shape = ((1 if self.sweep else kinds) * H * self.n_chunks, vp, cfg.bk)
+        self.total_shape = (2, kinds * H * self.n_chunks, cfg.bk)
+        self.seg_shape = (kinds * H * self.n_segs, vp, cfg.bk)
 
-        self.q, self.k, self.v, self.do = q, k, v, do
+        unit = alignment(*(x for x in (q, k, v, do) if x is not None))
+        unit_g = alignment(*(x for x in (gf, gb) if x is not None)) if self.gate == 2 else 1
+        self.ints = []
+        for x, u in ((q, unit), (k, unit), (v, unit), (v if do is None else do, unit), (gf, unit_g), (gb, unit_g)):
+            x = x if x is not None else g if g is not None else q
+            self.ints += [s // u for s in x.stride()[:3]]
+        self.sizes = [T, nch, cps, nseg, self.n_chunks, self.n_segs]
+        consts = {'H': H, 'K': K, 'V': V, 'BT': cfg.bt, 'BK': cfg.bk, 'BV': cfg.bv, 'NV': cfg.nv, 'DIRS': dirs,
+                  'GATE': self.gate, 'VARLEN': varlen, 'A': unit, 'AG': unit_g, 'CT': ct, 'PREC': prec, 'MT': mt,
+                  'SPLIT': split, 'ADJOINT': self.backward, 'INIT': init is not None, 'DINIT': dinit is not None,
+                  'FINAL': 0 if not final else 2 if self.backward else 1, 'KEEP': not self.sweep,
+                  'LEVELS': cfg.bt.bit_length() - 1, 'SUMS': 'tf32' if prec == 'tf32' else 'tf32x3'}  # fmt: skip
+        # A chunk's two forms are two launches, each of which returns at once from the other's chunks: one kernel with a
+        # branch would hold the registers of both. fp32 takes the safe form everywhere, the more exact one.
+        self.forms = (False,) if self.gate == 0 else (True,) if q.dtype == torch.float32 else (False, True)
+        consts['LIMIT'] = float('inf') if self.forms == (True,) else LIMIT
+        self.consts = consts
+        self.scan_consts = consts | {'BV': 16, 'VP': vp}
+        # What decides the compiled code: a kernel's constants, the types and the alignment of what it is given.
+        self.code = (*consts.values(), q.dtype, None if g is None else g.dtype, self.state_dtype)
+        self.grid_states = (self.n_segs * H * kinds, cfg.nv, 1)
+        self.grid_scan = (N * H * kinds, vp // 16, 1)
+        self.grid_chunks = (self.n_chunks * H, 1 if self.backward else cfg.nv, 1)
+        self.grid_sweep = (self.n_segs * H, cfg.nv, 1)
+        self.out_shape = (B, T, H, V)
+
+
+def _plan(q, k, v, gf, gb, do, init, dinit, cu_seqlens, dirs, final) -> Plan:
+    """The plan of these arguments, made once: it costs more Python than the launches."""
+    N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    key = (
+        q.shape, v.shape[-1], q.dtype, q.device, q.stride(), k.stride(), v.stride(), do is not None and do.stride(),
+        None if gf is None else (gf.stride(), gf.dtype), None if gb is None else (gb.stride(), gb.dtype),
+        init is None, dinit is None, N, cu_seqlens is None, dirs, final,
+    )  # fmt: skip
+    plan = _plans.get(key)
+    if plan is None:
+        if len(_plans) > 1024:
+            _plans.clear()
+        plan = _plans[key] = Plan(q, k, v, gf, gb, do, init, dinit, N, dirs, cu_seqlens is not None, final)
+    return plan
+
+
+def _launch(kernel, code: tuple, grid: tuple, args: list, consts: dict, options: dict) -> None:
+    """Run a kernel; from the second time on past Triton's own look-up, which takes most of a launch's time."""
+    if interpreting():
+        names = kernel.arg_names[len(args) :]
+        kernel[grid](*args, **{n: consts[n] for n in names})
+        return
+    found = _compiled.get(code)
+    if found is None:
+        used = {n: consts[n] for n in kernel.arg_names[len(args) :]}
+        _compiled[code] = kernel[grid](*args, **used, **options), tuple(used.values())
+    else:
+        compiled, values = found
+        compiled[grid](*args, *values)
+
+
+class _Run:
+    """One pass over one set of inputs: scratch, and the launches that all passes share."""
+
+    def __init__(self, q, k, v, gf, gb, scale, init, cu_seqlens, dirs, final, do=None, dinit=None):
+        if gf is not None and gf.dim() == 4:
+            gf = _rows(gf)
+        if gb is not None and gb.dim() == 4:
+            gb = _rows(gb)
+        q, k, v, do = _rows(q), _rows(k), _rows(v), _rows(do)
+        self.plan = plan = _plan(q, k, v, gf, gb, do, init, dinit, cu_seqlens, dirs, final)
+        device = q.device
+        self.q, self.k, self.v, self.do = q, k, v, v if do is None else do
         self.gf = gf if gf is not None else gb if gb is not None else q
         self.gb = gb if gb is not None else self.gf
-        unit = alignment(*(x for x in (q, k, v, do) if x is not None))
-        unit_g = 1 if g is None or per_head else alignment(self.gf, self.gb)
-        strides = {}
-        for name, x, u in (('q', q, unit), ('k', k, unit), ('v', v, unit), ('d', v if do is None else do, unit),
-                           ('g', self.gf, unit_g), ('r', self.gb, unit_g)):  # fmt: skip
-            s = x.stride()
-            strides |= {f'{name}_b': s[0] // u, f'{name}_t': s[1] // u, f'{name}_h': s[2] // u}
-        sizes = {'scale': scale, 'T': T, 'nch': self.nch, 'cps': self.cps, 'nseg': self.nseg,
-                 'n_chunks': self.n_chunks, 'n_segs': self.n_segs}  # fmt: skip
-        self.gate = 0 if g is None else 1 if per_head else 2
-        shapes = {'H': H, 'K': K, 'V': V, 'BT': cfg.bt, 'BK': cfg.bk, 'BV': cfg.bv, 'NV': cfg.nv, 'DIRS': dirs,
-                  'GATE': self.gate, 'VARLEN': self.varlen, 'A': unit, 'AG': unit_g, 'CT': ct, 'PREC': prec, 'MT': mt,
-                  'SPLIT': split}  # fmt: skip
-        self.common = strides | sizes | shapes
-        self.init, self.dinit = init, dinit
-        # The two forms of a chunk are two launches, each of which returns at once from the other's chunks: one kernel
-        # with a branch would hold the registers of both. fp32 takes the safe form everywhere, the more exact one.
-        self.forms = (False,) if self.gate == 0 else (True,) if q.dtype == torch.float32 else (False, True)
-        self.limit = float('inf') if self.forms == (True,) else -100.0
-        self.limit = -100.0
+        self.init = q if init is None else init
+        self.dinit = q if dinit is None else dinit
+        self.ints = [*plan.ints, float(scale), *plan.sizes]
+        ends = q.data_ptr() | k.data_ptr() | v.data_ptr() | self.do.data_ptr() | self.gf.data_ptr() | self.gb.data_ptr()
+        ends |= self.init.data_ptr() | self.dinit.data_ptr()
+        self.code = (*plan.code, device, ends % 16 == 0)
+
+        self.states = torch.empty(plan.state_shape, dtype=plan.state_dtype, device=device)
+        self.totals = self.prefix = self.seg_state = self.seg_total = q
+        if plan.gate and not plan.sweep:
+            self.totals, self.prefix = torch.empty(plan.total_shape, dtype=torch.float32, device=device)
+        # The kernels' code must not depend on whether there are several segments: same types in both cases.
+        if plan.several:
+            self.seg_state = torch.empty(plan.seg_shape, dtype=torch.float32, device=device)
+            self.seg_total = torch.empty((plan.seg_shape[0], plan.cfg.bk), dtype=torch.float32, device=device)
+        else:
+            self.seg_state = self.seg_total = _nothing(device)
+        self.chunks = self.segs = self.spans = q
+        if plan.varlen:
+            self.chunks = torch.full((plan.n_chunks, 4), -1, dtype=torch.int32, device=device)
+            self.segs = torch.full((plan.n_segs, 4), -1, dtype=torch.int32, device=device)
+            self.spans = torch.empty((plan.N, 2), dtype=torch.int32, device=device)
+            gla_kernel_table[(plan.N,)](cu_seqlens, self.chunks, self.segs, self.spans, plan.N, plan.cps,
+                                        BT=plan.cfg.bt, BN=128, num_warps=1)  # fmt: skip
 
     def run_states(self, final: torch.Tensor | None) -> None:
         """Fill the states, and `final` with the state (or in a backward pass its gradient) past the last token."""
-        q, cfg = self.q, self.cfg
-        init = q if self.init is None else self.init
-        dinit = q if self.dinit is None else self.dinit
-        flags = {'INIT': self.init is not None, 'DINIT': self.dinit is not None,
-                 'FINAL': 0 if final is None else 2 if self.backward else 1}  # fmt: skip
+        plan, q = self.plan, self.q
         final = q if final is None else final
-        gla_kernel_states[(self.n_segs * self.H * self.kinds, cfg.nv)](
-            q, self.k, self.v, self.v if self.do is None else self.do, self.gf, self.gb,
-            self.states, self.totals, self.prefix, self.seg_state, self.seg_total, init, dinit, final, self.segs,
-            ADJOINT=self.backward, **flags, **self.common, **cfg.states,
-        )  # fmt: skip
-        vp = cfg.nv * cfg.bv
-        bv = 16
-        if self.nseg > 1:
-            gla_kernel_scan[(self.N * self.H * self.kinds, vp // bv)](
-                self.seg_state, self.seg_total, init, dinit, final, self.spans, self.nseg, self.n_segs,
-                H=self.H, K=self.K, V=self.V, BK=cfg.bk, BV=bv, VP=vp, DIRS=self.dirs, ADJOINT=self.backward,
-                GATE=self.gate, VARLEN=self.varlen, **flags, num_warps=1,
-            )  # fmt: skip
+        if plan.several or not plan.sweep:
+            args = [q, self.k, self.v, self.do, self.gf, self.gb, self.states, self.totals, self.prefix,
+                    self.seg_state, self.seg_total, self.init, self.dinit, final, self.segs, *self.ints]  # fmt: skip
+            _launch(gla_kernel_states, ('states', *self.code), plan.grid_states, args, plan.consts, plan.cfg.states)
+        if plan.several:
+            args = [self.seg_state, self.seg_total, self.init, self.dinit, final, self.spans, plan.sizes[3],
+                    plan.n_segs]  # fmt: skip
+            _launch(gla_kernel_scan, ('scan', *self.code), plan.grid_scan, args, plan.scan_consts, {'num_warps': 1})
 
-    def arguments(self, *names: str) -> dict:
-        """The shared arguments of a chunk kernel."""
-        return {**self.common, 'LEVELS': self.cfg.bt.bit_length() - 1, 'LIMIT': self.limit, **self.cfg.chunks}
+    def run_chunks(self, name: str, kernel, grid: tuple, tensors: list) -> None:
+        """The launches of a kernel that comes in a fast and a safe form."""
+        plan = self.plan
+        args = [*tensors, *self.ints]
+        for safe in plan.forms:
+            consts = plan.consts if interpreting() or (name, safe, *self.code) not in _compiled else None
+            _launch(kernel, (name, safe, *self.code), grid, args, consts and consts | {'SAFE': safe}, plan.cfg.chunks)
+
+
+_empty: dict[torch.device, torch.Tensor] = {}
+
+
+def _nothing(device: torch.device) -> torch.Tensor:
+    """A tensor that stands where none is needed."""
+    if device not in _empty:
+        _empty[device] = torch.zeros(16, dtype=torch.float32, device=device)
+    return _empty[device]
 
 
 def _forward(q, k, v, gf, gb, scale, init, output_final_state, cu_seqlens, dirs):
-    p = _Pass(q, k, v, gf, gb, scale, init, cu_seqlens, dirs)
-    o = torch.empty((p.B, p.T, p.H, p.V), dtype=q.dtype, device=q.device)
+    run = _Run(q, k, v, gf, gb, scale, init, cu_seqlens, dirs, output_final_state)
+    plan = run.plan
+    o = torch.empty(plan.out_shape, dtype=q.dtype, device=q.device)
     final = None
     if output_final_state:
-        final = torch.empty((p.N, p.H, p.K, p.V), dtype=torch.float32, device=q.device)
-    p.run_states(final)
-    args = p.arguments()
-    for name in ('d_b', 'd_t', 'd_h'):
-        del args[name]
-    for safe in p.forms:
-        gla_fwd_kernel_out[(p.n_chunks * p.H, p.cfg.nv)](
-            p.q, p.k, p.v, p.gf, p.gb, o, p.states, p.totals, p.prefix, p.seg_state, p.chunks, SAFE=safe, **args,
-        )  # fmt: skip
+        final = torch.empty((plan.N, plan.H, q.shape[-1], v.shape[-1]), dtype=torch.float32, device=q.device)
+    run.run_states(final)
+    tensors = [run.q, run.k, run.v, run.gf, run.gb, o, run.states]
+    if plan.sweep:
+        flags = torch.empty(plan.grid_sweep[0] * plan.grid_sweep[1], dtype=torch.int32, device=q.device)
+        run.run_chunks('sweep', gla_fwd_kernel_sweep, plan.grid_sweep, [*tensors, run.seg_state, flags, run.segs])
+    else:
+        run.run_chunks('out', gla_fwd_kernel_out, plan.grid_chunks,
+                       [*tensors, run.totals, run.prefix, run.seg_state, run.chunks])  # fmt: skip
     return o, final
 
 
 def _backward(q, k, v, gf, gb, scale, init, do, dfinal, cu_seqlens, dirs):
-    p = _Pass(q, k, v, gf, gb, scale, init, cu_seqlens, dirs, do, dfinal)
-    new = lambda d, like: torch.empty((p.B, p.T, p.H, d), dtype=like.dtype, device=q.device)  # noqa: E731
-    dq, dk, dv = new(p.K, q), new(p.K, k), new(p.V, v)
+    run = _Run(q, k, v, gf, gb, scale, init, cu_seqlens, dirs, init is not None, do, dfinal)
+    plan = run.plan
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     dgf = None if gf is None else torch.empty(gf.shape, dtype=gf.dtype, device=q.device)
     dgb = None if gb is None else torch.empty(gb.shape, dtype=gb.dtype, device=q.device)
-    dinit = None if init is None else torch.empty((p.N, p.H, p.K, p.V), dtype=torch.float32, device=q.device)
-    p.run_states(dinit)
-    args = p.arguments()
-    for safe in p.forms:
-        gla_bwd_kernel_chunk[(p.n_chunks * p.H,)](
-            p.q, p.k, p.v, p.do, p.gf, p.gb, dq, dk, dv, dq if dgf is None else dgf, dq if dgb is None else dgb,
-            p.states, p.totals, p.prefix, p.seg_state, p.chunks, SAFE=safe, **args,
-        )  # fmt: skip
+    dinit = None if init is None else torch.empty(init.shape, dtype=torch.float32, device=q.device)
+    run.run_states(dinit)
+    run.run_chunks('gradients', gla_bwd_kernel_chunk, plan.grid_chunks,
+                   [run.q, run.k, run.v, run.do, run.gf, run.gb, dq, dk, dv, dq if dgf is None else dgf,
+                    dq if dgb is None else dgb, run.states, run.totals, run.prefix, run.seg_state, run.chunks],
+                   )  # fmt: skip
     return dq, dk, dv, dgf, dgb, dinit
 
 

@@ -2,8 +2,8 @@
 
 Inside a chunk token j weighs exp(sum of log gates between j and i) in output i: forward gates below the diagonal,
 reverse gates above it. The fast form splits this into a factor for i and one for j around the chunk's edge; the second
-grows with the gates' sum, so a chunk whose sum passes `LIMIT` takes the safe form: halve the chunk again and again and refer
-the pairs that a level separates to the boundary between the halves, where both factors are <= 1.
+grows with the gates' sum, so a chunk whose sum passes `LIMIT` takes the safe form: halve the chunk again and again and
+refer the pairs that a level separates to the boundary between the halves, where both factors are <= 1.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def wild(
 def gla_fwd_kernel_out(
     q, k, v, gf, gb, o,
     states, totals, prefix, seg_state, chunks,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h, r_b, r_t, r_h,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, d_b, d_t, d_h, g_b, g_t, g_h, r_b, r_t, r_h,
     scale, T, nch, cps, nseg, n_chunks, n_segs,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     NV: tl.constexpr, LEVELS: tl.constexpr, DIRS: tl.constexpr, GATE: tl.constexpr, VARLEN: tl.constexpr,
@@ -168,38 +168,75 @@ def gla_fwd_kernel_out(
 
 
 @triton.jit
-def intra_fast(
-    qs, ks, e, da, scale, keep,
-    CT: tl.constexpr, PREC: tl.constexpr,
+def direction(
+    qs, ks, da, ds, vs, strict, dqs, dks, dvs, a, h, gs, total,
+    scale, states, prefix, seg_state, v_ptr, d_ptr, v_s, d_s, ok_t, r, at, at_seg, adj, adj_seg, several,
+    REV: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, NV: tl.constexpr,
+    SAFE: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr, SUMS: tl.constexpr, MT: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Inside a chunk, one direction: weights (masked), gradients of q and k, and q dq - k dk."""
-    up = tl.exp2(-e)
-    down = tl.exp2(e)
-    qd = (qs * (scale * down)).to(CT)
-    kd = (ks * up).to(CT)
-    a = tl.where(keep, mm(qd, tl.trans(kd), CT, PREC), 0.0)
-    da = tl.where(keep, da, 0.0).to(CT)
-    dq = mm(da, kd, CT, PREC) * (scale * down)
-    dk = mm(tl.trans(da), qd, CT, PREC) * up
-    return a, dq, dk, qs * dq - ks * dk
+    """Add one direction's part to the gradients of a chunk, and find the gradient of its gates.
 
-
-@triton.jit
-def inter(
-    qs, ks, gs, e, dq_in, dk_in, held, total, h_in, scale, after, since, past,
-    CT: tl.constexpr, PREC: tl.constexpr, MT: tl.constexpr, SPLIT: tl.constexpr,
-):  # fmt: skip
-    """What the states add, one direction: gradients of q and k, keys as the outgoing state sees them, gradient of g.
-
-    Masks (C, C), in the order in which the direction runs: the tokens strictly `after` the row's token, those `since`
-    it (with it), and those strictly `past`.
+    `strict` (C, C) marks the pairs of this direction without the diagonal, whose part in the gates' gradient is zero.
+    `h` is q dq - k dk from inside the chunk where the safe form has found it already.
     """
-    dq = tl.exp2(e) * dq_in * scale
-    left = tl.exp2(gate_sums(after, gs, MT, SPLIT))
-    dk = left * dk_in
+    VP: tl.constexpr = NV * BV
+    i = r[:, None]
+    j = r[None, :]
+    kk = tl.arange(0, BK)
+    row = tl.arange(0, BV)
+    if REV:
+        upto = j >= i  # the gates between the state that arrives and the row's token
+        since = j <= i
+        past = j > i
+    else:
+        upto = j <= i
+        since = j >= i
+        past = j < i
+    e = gate_sums(upto, gs, MT, SPLIT)
+    down = tl.exp2(e)
+    if SAFE:
+        left = tl.exp2(gate_sums(since & (i != j), gs, MT, SPLIT))
+    else:
+        left = tl.exp2(total[None, :] - e)
+
+    q_in = tl.zeros((BT, BK), dtype=tl.float32)
+    k_in = tl.zeros((BT, BK), dtype=tl.float32)
+    held = tl.zeros((BK,), dtype=tl.float32)
+    key = (ks * left).to(CT)
+    for vb in tl.static_range(NV):
+        vv = vb * BV + row
+        if NV > 1:
+            ds = load_tile(d_ptr, r, vv, d_s, ok_t, V, VP)
+            vs = load_tile(v_ptr, r, vv, v_s, ok_t, V, VP)
+        s = load_state(states, prefix, seg_state, at, at_seg, vv, kk, several, BK, VP, True)
+        z = load_state(states, prefix, seg_state, adj, adj_seg, vv, kk, several, BK, VP, True)
+        held += tl.sum(s * z, 0)
+        q_in = tl.dot(ds.to(CT), s.to(CT), acc=q_in, input_precision=PREC)
+        k_in = tl.dot(vs.to(CT), z.to(CT), acc=k_in, input_precision=PREC)
+        if NV == 1:
+            dvs = tl.dot(key, tl.trans(z.to(CT)), acc=dvs, input_precision=PREC)
+
+    if SAFE:
+        dq = q_in * (down * scale)
+        h += qs * dq
+    else:
+        up = tl.exp2(-e)
+        down *= scale
+        qd = (qs * down).to(CT)
+        kd = (ks * up).to(CT)
+        a += tl.where(strict, mm(qd, tl.trans(kd), CT, PREC), 0.0)
+        part = tl.where(strict, da, 0.0).to(CT)
+        dq = tl.dot(part, kd, acc=q_in, input_precision=PREC) * down
+        dk = mm(tl.trans(part), qd, CT, PREC) * up
+        dks += dk
+        h = qs * dq - ks * dk
+    dqs += dq
+    k_in *= left
+    dks += k_in
     # A gate acts on every query from its token on, and on every key before it by way of the outgoing state.
-    dg = run_sums(since, h_in + qs * dq, CT, PREC) + run_sums(past, ks * dk, CT, PREC)
-    return dq, dk, ks * left, dg + (held * tl.exp2(total))[None, :]
+    dg = run_sums(since, h, SUMS) + run_sums(past, ks * k_in, SUMS) + (held * tl.exp2(total))[None, :]
+    return dqs, dks, dvs, a, key, dg
 
 
 @triton.jit(do_not_specialize=STRIDES + SIZES)
@@ -211,7 +248,7 @@ def gla_bwd_kernel_chunk(
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     NV: tl.constexpr, LEVELS: tl.constexpr, DIRS: tl.constexpr, GATE: tl.constexpr, VARLEN: tl.constexpr,
     A: tl.constexpr, AG: tl.constexpr, LIMIT: tl.constexpr, SAFE: tl.constexpr,
-    CT: tl.constexpr, PREC: tl.constexpr, MT: tl.constexpr, SPLIT: tl.constexpr,
+    CT: tl.constexpr, PREC: tl.constexpr, SUMS: tl.constexpr, MT: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """All gradients of one chunk from the four states that arrive at it. Program: (chunk, head)."""
     pid = tl.program_id(0)
@@ -222,79 +259,59 @@ def gla_bwd_kernel_chunk(
         if b < 0:
             return
         b = 0
+    kk = tl.arange(0, BK)
     if GATE:
-        if wild(totals, h, gc, tl.arange(0, BK), n_chunks, H, BK, DIRS, LIMIT) != SAFE:
+        if wild(totals, h, gc, kk, n_chunks, H, BK, DIRS, LIMIT) != SAFE:
             return
     b = tl.cast(b, tl.int64)
     t0 = tl.cast(t0, tl.int64)
     VP: tl.constexpr = NV * BV
     ND: tl.constexpr = 2 if DIRS == 3 else 1
     LAST: tl.constexpr = ND - 1
+    TIMES: tl.constexpr = 2.0 if DIRS == 3 else 1.0
     r = tl.arange(0, BT)
-    kk = tl.arange(0, BK)
+    vrow = tl.arange(0, BV)
     ok_t = r < end - t0
     i = r[:, None]
     j = r[None, :]
-    low = i >= j
-    high = i <= j
     several = nseg > 1
-
-    # Over the value channels: dA = do v^T and what the states give to dq and dk.
-    da = tl.zeros((BT, BT), dtype=tl.float32)
-    qin_f = tl.zeros((BT, BK), dtype=tl.float32)
-    kin_f = tl.zeros((BT, BK), dtype=tl.float32)
-    held_f = tl.zeros((BK,), dtype=tl.float32)
-    qin_b = tl.zeros((BT, BK), dtype=tl.float32)
-    kin_b = tl.zeros((BT, BK), dtype=tl.float32)
-    held_b = tl.zeros((BK,), dtype=tl.float32)
+    at_f = h.to(tl.int64)
+    at_b = (LAST * H + h).to(tl.int64)
+    adj_f = (ND * H + h).to(tl.int64)
+    adj_b = ((ND + LAST) * H + h).to(tl.int64)
     v_ptr = v + (b * v_b + t0 * v_t + h * v_h) * A
     d_ptr = do + (b * d_b + t0 * d_t + h * d_h) * A
-    for vb in tl.static_range(NV):
-        vv = vb * BV + tl.arange(0, BV)
-        vs = load_tile(v_ptr, r, vv, v_t * A, ok_t, V, VP)
-        ds = load_tile(d_ptr, r, vv, d_t * A, ok_t, V, VP)
-        da += mm(ds, tl.trans(vs), CT, PREC)
-        if DIRS != 2:
-            at = h.to(tl.int64)
-            s = load_state(states, prefix, seg_state, at * n_chunks + gc, at * n_segs + seg, vv, kk, several, BK, VP,
-                           GATE > 0)  # fmt: skip
-            at = (ND * H + h).to(tl.int64)
-            z = load_state(states, prefix, seg_state, at * n_chunks + gc, at * n_segs + seg, vv, kk, several, BK, VP,
-                           GATE > 0)  # fmt: skip
-            qin_f += mm(ds, s, CT, PREC)
-            kin_f += mm(vs, z, CT, PREC)
-            held_f += tl.sum(s * z, 0)
-        if DIRS != 1:
-            at = (LAST * H + h).to(tl.int64)
-            s = load_state(states, prefix, seg_state, at * n_chunks + gc, at * n_segs + seg, vv, kk, several, BK, VP,
-                           GATE > 0)  # fmt: skip
-            at = ((ND + LAST) * H + h).to(tl.int64)
-            z = load_state(states, prefix, seg_state, at * n_chunks + gc, at * n_segs + seg, vv, kk, several, BK, VP,
-                           GATE > 0)  # fmt: skip
-            qin_b += mm(ds, s, CT, PREC)
-            kin_b += mm(vs, z, CT, PREC)
-            held_b += tl.sum(s * z, 0)
+    v_s = v_t * A
+    d_s = d_t * A
+    row = (b * T + t0) * H + h
 
+    vs = load_tile(v_ptr, r, vrow, v_s, ok_t, V, VP)
+    ds = load_tile(d_ptr, r, vrow, d_s, ok_t, V, VP)
+    da = mm(ds, tl.trans(vs), CT, PREC)
+    for vb in tl.static_range(1, NV):
+        vv = vb * BV + vrow
+        v_more = load_tile(v_ptr, r, vv, v_s, ok_t, V, VP)
+        d_more = load_tile(d_ptr, r, vv, d_s, ok_t, V, VP)
+        da += mm(d_more, tl.trans(v_more), CT, PREC)
     qs = load_tile(q + (b * q_b + t0 * q_t + h * q_h) * A, r, kk, q_t * A, ok_t, K, BK).to(tl.float32)
     ks = load_tile(k + (b * k_b + t0 * k_t + h * k_h) * A, r, kk, k_t * A, ok_t, K, BK).to(tl.float32)
-    row = (b * T + t0) * H + h
+
     a = tl.zeros((BT, BT), dtype=tl.float32)
     dqs = tl.zeros((BT, BK), dtype=tl.float32)
     dks = tl.zeros((BT, BK), dtype=tl.float32)
+    dvs = tl.zeros((BT, BV), dtype=tl.float32)
     key_f = ks
     key_b = ks
     if GATE:
+        h_f = dqs
+        h_b = dqs
         gfs = ks
         gbs = ks
-        if DIRS != 2:
-            gfs = load_gate(gf + (b * g_b + t0 * g_t + h * g_h) * AG, r, kk, g_t * AG, ok_t, K, BK, GATE == 1)
-            ef = gate_sums(low, gfs, MT, SPLIT)
-        if DIRS != 1:
-            gbs = load_gate(gb + (b * r_b + t0 * r_t + h * r_h) * AG, r, kk, r_t * AG, ok_t, K, BK, GATE == 1)
-            eb = gate_sums(high, gbs, MT, SPLIT)
-        h_f = tl.zeros((BT, BK), dtype=tl.float32)
-        h_b = tl.zeros((BT, BK), dtype=tl.float32)
         if SAFE:
+            if DIRS != 2:
+                gfs = load_gate(gf + (b * g_b + t0 * g_t + h * g_h) * AG, r, kk, g_t * AG, ok_t, K, BK, GATE == 1)
+            if DIRS != 1:
+                gbs = load_gate(gb + (b * r_b + t0 * r_t + h * r_h) * AG, r, kk, r_t * AG, ok_t, K, BK, GATE == 1)
             for level in range(0, LEVELS):
                 x, y, pairs, second = level_weights(level, r, gfs, gbs, BT, DIRS, MT, SPLIT)
                 x = tl.exp2(x) * scale
@@ -312,70 +329,84 @@ def gla_bwd_kernel_chunk(
                     h_f += tl.where(late, qs * x, -ks * y)
                 if DIRS != 1:
                     h_b += tl.where(late, -ks * y, qs * x)
-            times: tl.constexpr = 2.0 if DIRS == 3 else 1.0
-            own = (tl.sum(tl.where(i == j, da, 0.0), 1) * (scale * times))[:, None]
-            dqs += own * ks
-            dks += own * qs
-            a += tl.where(i == j, (tl.sum(qs * ks, 1) * (scale * times))[:, None], 0.0)
-        else:
-            if DIRS != 2:
-                a_d, dq_d, dk_d, h_f = intra_fast(qs, ks, ef, da, scale, low, CT, PREC)
-                a += a_d
-                dqs += dq_d
-                dks += dk_d
-            if DIRS != 1:
-                a_d, dq_d, dk_d, h_b = intra_fast(qs, ks, eb, da, scale, high, CT, PREC)
-                a += a_d
-                dqs += dq_d
-                dks += dk_d
         if DIRS != 2:
-            total = tl.load(totals + (h.to(tl.int64) * n_chunks + gc) * BK + kk)
-            dq_d, dk_d, key_f, dg = inter(qs, ks, gfs, ef, qin_f, kin_f, held_f, total, h_f, scale, i < j, high, i > j,
-                                          CT, PREC, MT, SPLIT)  # fmt: skip
-            dqs += dq_d
-            dks += dk_d
+            if not SAFE:
+                gfs = load_gate(gf + (b * g_b + t0 * g_t + h * g_h) * AG, r, kk, g_t * AG, ok_t, K, BK, GATE == 1)
+            total = tl.load(totals + (at_f * n_chunks + gc) * BK + kk)
+            dqs, dks, dvs, a, key_f, dg = direction(
+                qs, ks, da, ds, vs, i > j, dqs, dks, dvs, a, h_f, gfs, total,
+                scale, states, prefix, seg_state, v_ptr, d_ptr, v_s, d_s, ok_t, r, at_f * n_chunks + gc,
+                at_f * n_segs + seg, adj_f * n_chunks + gc, adj_f * n_segs + seg, several,
+                False, V, BT, BK, BV, NV, SAFE, CT, PREC, SUMS, MT, SPLIT,
+            )  # fmt: skip
             if GATE == 1:
                 tl.store(dgf + row + r * H, tl.sum(dg, 1).to(dgf.dtype.element_ty), mask=ok_t)
             else:
                 store_tile(dgf + row * K, dg, r, kk, H * K, ok_t, K, BK)
         if DIRS != 1:
-            total = tl.load(totals + ((LAST * H + h).to(tl.int64) * n_chunks + gc) * BK + kk)
-            dq_d, dk_d, key_b, dg = inter(qs, ks, gbs, eb, qin_b, kin_b, held_b, total, h_b, scale, i > j, low, i < j,
-                                          CT, PREC, MT, SPLIT)  # fmt: skip
-            dqs += dq_d
-            dks += dk_d
+            if not SAFE:
+                gbs = load_gate(gb + (b * r_b + t0 * r_t + h * r_h) * AG, r, kk, r_t * AG, ok_t, K, BK, GATE == 1)
+            total = tl.load(totals + (at_b * n_chunks + gc) * BK + kk)
+            dqs, dks, dvs, a, key_b, dg = direction(
+                qs, ks, da, ds, vs, i < j, dqs, dks, dvs, a, h_b, gbs, total,
+                scale, states, prefix, seg_state, v_ptr, d_ptr, v_s, d_s, ok_t, r, at_b * n_chunks + gc,
+                at_b * n_segs + seg, adj_b * n_chunks + gc, adj_b * n_segs + seg, several,
+                True, V, BT, BK, BV, NV, SAFE, CT, PREC, SUMS, MT, SPLIT,
+            )  # fmt: skip
             if GATE == 1:
                 tl.store(dgb + row + r * H, tl.sum(dg, 1).to(dgb.dtype.element_ty), mask=ok_t)
             else:
                 store_tile(dgb + row * K, dg, r, kk, H * K, ok_t, K, BK)
+        own = (tl.sum(tl.where(i == j, da, 0.0), 1) * (scale * TIMES))[:, None]
+        dqs += own * ks
+        dks += own * qs
+        a += tl.where(i == j, (tl.sum(qs * ks, 1) * (scale * TIMES))[:, None], 0.0)
     else:
         a = mm(qs * scale, tl.trans(ks), CT, PREC)
         if DIRS == 3:
             a = tl.where(i == j, 2 * a, a)
             da = tl.where(i == j, 2 * da, da)
         elif DIRS == 1:
-            a = tl.where(low, a, 0.0)
-            da = tl.where(low, da, 0.0)
+            a = tl.where(i >= j, a, 0.0)
+            da = tl.where(i >= j, da, 0.0)
         else:
-            a = tl.where(high, a, 0.0)
-            da = tl.where(high, da, 0.0)
-        dqs = (mm(da, ks, CT, PREC) + qin_f + qin_b) * scale
-        dks = mm(tl.trans(da), qs * scale, CT, PREC) + kin_f + kin_b
+            a = tl.where(i <= j, a, 0.0)
+            da = tl.where(i <= j, da, 0.0)
+        dqs = mm(da, ks, CT, PREC)
+        dks = mm(tl.trans(da), qs * scale, CT, PREC)
+        for vb in tl.static_range(NV):
+            vv = vb * BV + vrow
+            ds = load_tile(d_ptr, r, vv, d_s, ok_t, V, VP)
+            vs = load_tile(v_ptr, r, vv, v_s, ok_t, V, VP)
+            s = load_state(states, prefix, seg_state, at_f * n_chunks + gc, at_f * n_segs + seg, vv, kk, several,
+                           BK, VP, False)  # fmt: skip
+            z = load_state(states, prefix, seg_state, adj_f * n_chunks + gc, adj_f * n_segs + seg, vv, kk, several,
+                           BK, VP, False)  # fmt: skip
+            if DIRS == 3:
+                s += load_state(states, prefix, seg_state, at_b * n_chunks + gc, at_b * n_segs + seg, vv, kk, several,
+                                BK, VP, False)  # fmt: skip
+                z += load_state(states, prefix, seg_state, adj_b * n_chunks + gc, adj_b * n_segs + seg, vv, kk,
+                                several, BK, VP, False)  # fmt: skip
+            dqs += mm(ds, s, CT, PREC)
+            dks += mm(vs, z, CT, PREC)
+            if NV == 1:
+                dvs += mm(ks, tl.trans(z), CT, PREC)
+        dqs *= scale
     store_tile(dq + row * K, dqs, r, kk, H * K, ok_t, K, BK)
     store_tile(dk + row * K, dks, r, kk, H * K, ok_t, K, BK)
 
     for vb in tl.static_range(NV):
-        vv = vb * BV + tl.arange(0, BV)
-        ds = load_tile(d_ptr, r, vv, d_t * A, ok_t, V, VP)
-        dvs = mm(tl.trans(a), ds, CT, PREC)
-        if DIRS != 2:
-            at = (ND * H + h).to(tl.int64)
-            z = load_state(states, prefix, seg_state, at * n_chunks + gc, at * n_segs + seg, vv, kk, several, BK, VP,
-                           GATE > 0)  # fmt: skip
-            dvs += mm(key_f, tl.trans(z), CT, PREC)
-        if DIRS != 1:
-            at = ((ND + LAST) * H + h).to(tl.int64)
-            z = load_state(states, prefix, seg_state, at * n_chunks + gc, at * n_segs + seg, vv, kk, several, BK, VP,
-                           GATE > 0)  # fmt: skip
-            dvs += mm(key_b, tl.trans(z), CT, PREC)
+        vv = vb * BV + vrow
+        if NV > 1:
+            ds = load_tile(d_ptr, r, vv, d_s, ok_t, V, VP)
+            dvs = tl.zeros((BT, BV), dtype=tl.float32)
+            if DIRS != 2:
+                z = load_state(states, prefix, seg_state, adj_f * n_chunks + gc, adj_f * n_segs + seg, vv, kk,
+                               several, BK, VP, GATE > 0)  # fmt: skip
+                dvs += mm(key_f, tl.trans(z), CT, PREC)
+            if DIRS != 1:
+                z = load_state(states, prefix, seg_state, adj_b * n_chunks + gc, adj_b * n_segs + seg, vv, kk,
+                               several, BK, VP, GATE > 0)  # fmt: skip
+                dvs += mm(key_b, tl.trans(z), CT, PREC)
+        dvs += mm(tl.trans(a), ds, CT, PREC)
         store_tile(dv + row * V, dvs, r, vv, H * V, ok_t, V, VP)

@@ -19,8 +19,8 @@ import triton.language as tl
 from zoo.kernels._triton._common import gate_sums, load_gate, load_tile, mm
 
 
-@triton.jit(do_not_specialize=['N', 'n_chunks', 'n_segs'])
-def gla_kernel_table(cu, chunks, segs, spans, N, n_chunks, n_segs, cps, BT: tl.constexpr, BN: tl.constexpr):
+@triton.jit(do_not_specialize=['N', 'cps'])
+def gla_kernel_table(cu, chunks, segs, spans, N, cps, BT: tl.constexpr, BN: tl.constexpr):
     """Where each chunk and each segment of packed sequences lies; one program per sequence.
 
     chunks (n_chunks, 4): sequence, first token, end of the sequence, segment; segs (n_segs, 4): first chunk, number of
@@ -72,10 +72,11 @@ def gla_kernel_states(
     scale, T, nch, cps, nseg, n_chunks, n_segs,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     NV: tl.constexpr, DIRS: tl.constexpr, ADJOINT: tl.constexpr, GATE: tl.constexpr, VARLEN: tl.constexpr,
-    INIT: tl.constexpr, DINIT: tl.constexpr, FINAL: tl.constexpr, A: tl.constexpr, AG: tl.constexpr,
+    INIT: tl.constexpr, DINIT: tl.constexpr, FINAL: tl.constexpr, KEEP: tl.constexpr,
+    A: tl.constexpr, AG: tl.constexpr,
     CT: tl.constexpr, PREC: tl.constexpr, MT: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """State that arrives at every chunk of a segment, and the segment's own total.
+    """State that arrives at every chunk of a segment (with `KEEP`), and the segment's own total.
 
     Program: (segment, head, kind) x value block. With one segment per sequence the sweep starts from `init` (states) or
     `dinit` (their gradients) and writes `final`; with several it starts from zero and `gla_kernel_scan` follows.
@@ -170,16 +171,18 @@ def gla_kernel_states(
         ok_t = r < end - t0
         x = load_tile(x_ptr + tl.cast(t0, tl.int64) * x_t * A, r, kk, x_t * A, ok_t, K, BK)
         y = load_tile(y_ptr + tl.cast(t0, tl.int64) * y_t * A, r, vv, y_t * A, ok_t, V, NV * BV)
-        out = (tile + c) * (NV * BV) + vb * BV
-        tl.store(states + (out + vrow[:, None]) * BK + kk[None, :], state.to(states.dtype.element_ty))
+        if KEEP:
+            out = (tile + c) * (NV * BV) + vb * BV
+            tl.store(states + (out + vrow[:, None]) * BK + kk[None, :], state.to(states.dtype.element_ty))
         if GATE:
             g = load_gate(g_ptr + tl.cast(t0, tl.int64) * g_s * AG, r, kk, g_s * AG, ok_t, K, BK, GATE == 1)
             x = x.to(tl.float32) * (weight * tl.exp2(gate_sums(member, g, MT, SPLIT)))
             total = gate_sums(vrow[:, None] >= 0 * j, g, MT, SPLIT)  # the same in every row
-            one = (vv == 0)[:, None]  # every row holds the same
-            at_k = (tile + c) * BK + kk[None, :] + 0 * vrow[:, None]
-            tl.store(totals + at_k, total, mask=one)
-            tl.store(prefix + at_k, run, mask=one)
+            if KEEP:
+                one = (vv == 0)[:, None]  # every row holds the same
+                at_k = (tile + c) * BK + kk[None, :] + 0 * vrow[:, None]
+                tl.store(totals + at_k, total, mask=one)
+                tl.store(prefix + at_k, run, mask=one)
             run += total
             state = state * tl.exp2(total)
         else:

@@ -1,9 +1,10 @@
 """Checks and times the gated linear attention kernels on the GPU.
 
-    python tests/gpu/check_gla.py [--out FILE] [check] [time] [sweep]
+    python tests/gpu/check_gla.py [--out FILE] [check] [time]
 
 `check` compares every shape class, dtype and gate strength with a loop in fp64, over several seeds, with poisoned
-outputs, twice for determinism (`--shard I/N` takes every N-th case: most of its time is compilation). `time` writes the rows of docs/results/gla-kernels-*.json. `sweep` times other block sizes.
+outputs, twice for determinism (`--shard I/N` takes every N-th case: most of its time is compilation). `time`
+writes the rows of docs/results/gla-kernels-*.json.
 """
 
 import argparse
@@ -164,6 +165,9 @@ CASES = [  # B, T, H, K, V, gates, strength, directions, cu_seqlens, state
     (2, 200, 2, 128, 128, 'channel', 'mild', 3, None, False),
     (2, 200, 2, 80, 128, 'head', 'strong', 3, None, False),
     (2, 300, 2, 64, 128, 'none', 'mild', 3, None, False),
+    (2, 300, 2, 64, 128, 'channel', 'some', 3, None, False),
+    (2, 700, 2, 32, 64, 'head', 'mild', 3, None, False),
+    (1, 2000, 2, 32, 64, 'channel', 'some', 3, (0, 1300, 1300, 2000), False),
     (2, 150, 2, 32, 64, 'channel', 'mild', 1, None, True),
     (2, 1300, 2, 32, 64, 'channel', 'mild', 1, None, True),
     (2, 1300, 2, 64, 64, 'head', 'mild', 2, None, True),
@@ -318,12 +322,8 @@ def main():
         if part == 'check':
             i, n = map(int, args.shard.split('/'))
             bad += check(say, cases=CASES[i::n], dtypes=[getattr(torch, d) for d in args.dtypes.split(',')])
-        elif part == 'time':
-            timings(say)
         else:
-            import sweep_gla
-
-            sweep_gla.main(say)
+            timings(say)
         print(part, 'took', round(time.time() - start, 1), 's', flush=True)
     if args.out:
         Path(args.out).write_text(json.dumps(rows, indent=1) + '\n')

@@ -1,64 +1,90 @@
-"""Times other block sizes than the table's, each with its error (Triton 3.6 miscompiles some on Hopper)."""
+"""Other block sizes than the table's: `one N` checks a variant (each in its own process: a miscompiled one may fault),
+`time FILE...` times those that passed, kernel by kernel. Variants are counted by `count`."""
 
-import time
+import json
+import sys
+from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 from check_gla import FLOORS, floor_inputs, graphed, reference, rms, run
 from zoo.kernels._triton import gla
 
-SHAPES = ('vig_s 224', 'vig_s 1024')
+# backward, chunk, (warps, stages) of the states, (warps, stages) of the chunks
+VARIANTS = [
+    (False, 64, (4, 3), (4, 2)), (False, 64, (4, 3), (4, 3)), (False, 64, (4, 3), (4, 4)),
+    (False, 32, (4, 3), (4, 2)), (False, 32, (4, 3), (4, 3)), (False, 32, (4, 4), (4, 4)), (False, 32, (4, 3), (2, 3)),
+    (True, 32, (4, 3), (4, 2)), (True, 32, (4, 2), (8, 2)), (True, 32, (4, 4), (2, 2)),
+    (True, 16, (4, 3), (2, 2)), (True, 16, (4, 3), (1, 2)), (True, 64, (4, 3), (4, 2)),
+]  # fmt: skip
+PLAIN = gla.config
 
 
-def main(say):
-    plain = gla.config
-    for name in SHAPES:
-        shape = FLOORS[name]
-        K = shape[3]
-        scale = K**-0.5 / 2
-        sets = floor_inputs(shape)
-        q, k, v, gates, do, _, _ = sets[0]
-        few = [x[:2] for x in (q, k, v)], [g[:2] for g in gates], do[:2]
-        expect = reference(*few[0], few[1], scale, few[2], None, None, 3, None)
-        for backward in (False, True):
-            for bt in (64, 32):
-                for sw, ss in ((4, 3), (4, 2), (2, 3), (8, 3)) if bt == 64 else ((4, 3), (2, 3), (1, 3)):
-                    variant(say, name, plain, bt, (sw, ss), None, backward, sets, few, expect, scale)
-                for w in (2, 4, 8) if bt == 64 else (1, 2, 4):
-                    variant(say, name, plain, bt, None, w, backward, sets, few, expect, scale)
+def use(variant):
+    backward, bt, states, chunks = variant
 
-
-def variant(say, name, plain, bt, states, warps, backward, sets, few, expect, scale):
-    def config(dtype, K, V, b):
-        c = plain(dtype, K, V, b)
-        return c._replace(
-            bt=bt,
-            states=c.states if states is None else {'num_warps': states[0], 'num_stages': states[1]},
-            chunks=c.chunks if warps is None else {'num_warps': warps, 'num_stages': 2},
-        )
+    def config(dtype, K, V, b, both):
+        c = PLAIN(dtype, K, V, b, both)
+        return c._replace(bt=bt, states=gla._options(*states), chunks=gla._options(*chunks)) if b == backward else c
 
     gla.config = config
-    try:
-        start = time.time()
-        if name == 'vig_s 224':
-            got = run(*few[0], few[1], scale, few[2], None, None, 3, None)
-            names = ('dq', 'dk', 'dv', 'dg_fwd', 'dg_bwd') if backward else ('o',)
-            error = {n: float(f'{rms(got[n], expect[n]):.2g}') for n in names}
-        else:
-            error = {}
-        passes = []
-        for s in sets:
-            gf, gb = s[3]
-            passes.append(gla._Pass(*s[:3], gf, gb, scale, None, None, 3, s[4] if backward else None))
-        if warps is None:  # the states alone
-            t = graphed([lambda p=p: p.run_states(None) for p in passes], 20)
-        elif backward:
-            t = graphed([lambda s=s: gla.bidirectional_gla_bwd(*s[:3], *s[3], scale, s[4], None) for s in sets], 20)
-        else:
-            t = graphed([lambda s=s: gla.bidirectional_gla_fwd(*s[:3], *s[3], scale, None) for s in sets], 20)
-        say(what='sweep', shape=name, backward=backward, bt=bt, states=states, warps=warps, ms=t, error=error,
-            seconds=time.time() - start)  # fmt: skip
-    except Exception as e:
-        say(what='sweep', shape=name, backward=backward, bt=bt, states=states, warps=warps, error=repr(e)[:300])
+    gla._plans.clear()
+    gla._compiled.clear()
+
+
+def one(variant):
+    use(variant)
+    shape = FLOORS['vig_s 224']
+    scale = shape[3] ** -0.5 / 2
+    errors = {}
+    for s in floor_inputs(shape, sets=2):
+        q, k, v, gates, do, _, _ = s
+        expect = reference(q[:4], k[:4], v[:4], [g[:4] for g in gates], scale, do[:4], None, None, 3, None)
+        got = run(q, k, v, gates, scale, do, None, None, 3, None)
+        for n, x in expect.items():
+            errors[n] = max(errors.get(n, 0), rms(got[n][:4], x))
+    good = all(e < 6e-3 for e in errors.values())
+    print(variant, 'good' if good else 'WRONG', {n: f'{e:.1e}' for n, e in errors.items()}, flush=True)
+    torch.cuda.synchronize()
+    return good
+
+
+def profile(fns):
+    """us per launch of every kernel."""
+    from torch.profiler import ProfilerActivity
+
+    for f in fns:
+        f()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as p:
+        for _ in range(3):
+            for f in fns:
+                f()
         torch.cuda.synchronize()
-    finally:
-        gla.config = plain
+    return {e.key[:28]: round(e.device_time_total / e.count, 1) for e in p.key_averages() if 'gla' in e.key}
+
+
+def timing(indices):
+    for name in ('vig_s 224', 'vig_s 1024'):
+        scale = FLOORS[name][3] ** -0.5 / 2
+        sets = floor_inputs(FLOORS[name])
+        for n in indices:
+            use(VARIANTS[n])
+            if VARIANTS[n][0]:
+                fns = [lambda s=s: gla.bidirectional_gla_bwd(*s[:3], *s[3], scale, s[4], None) for s in sets]
+            else:
+                fns = [lambda s=s: gla.bidirectional_gla_fwd(*s[:3], *s[3], scale, None) for s in sets]
+            try:
+                print(name, VARIANTS[n], 'graph ms', round(graphed(fns, 15), 4), json.dumps(profile(fns)), flush=True)
+            except Exception as e:
+                print(name, VARIANTS[n], repr(e)[:200], flush=True)
+
+
+if __name__ == '__main__':
+    if sys.argv[1] == 'count':
+        print(len(VARIANTS))
+    elif sys.argv[1] == 'one':
+        sys.exit(not one(VARIANTS[int(sys.argv[2])]))
+    else:
+        timing([int(Path(p).name) for p in sys.argv[2:]])
