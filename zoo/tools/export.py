@@ -88,6 +88,7 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
         actual: output of the exported file.
         expected: output of the eager model.
     """
+    actual, expected = actual.detach(), expected.detach()
     if actual.shape != expected.shape or not bool(torch.isfinite(actual).all()):
         return float('inf')
     scale = expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)
