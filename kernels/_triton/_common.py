@@ -30,10 +30,9 @@ def store_tile(ptr, x, rows, cols, stride, row_ok, D: tl.constexpr, BD: tl.const
 
 @triton.jit
 def load_gate(ptr, rows, cols, stride, row_ok, K: tl.constexpr, BK: tl.constexpr, PER_HEAD: tl.constexpr):
-    """Log gates of a chunk, 0 (keep all) outside; one gate per head is repeated over the channels -> (rows, BK)."""
+    """Log gates of a chunk, 0 (keep all) outside: (rows, BK), or (rows,) with one gate per head."""
     if PER_HEAD:
-        g = tl.load(ptr + rows * stride, mask=row_ok, other=0.0)
-        return tl.broadcast_to(g[:, None], (rows.shape[0], BK))
+        return tl.load(ptr + rows * stride, mask=row_ok, other=0.0)
     else:
         return load_tile(ptr, rows, cols, stride, row_ok, K, BK)
 
@@ -46,12 +45,15 @@ def mm(a, b, CT: tl.constexpr, PREC: tl.constexpr):
 
 @triton.jit
 def gate_sums(member, g, MT: tl.constexpr, SPLIT: tl.constexpr):
-    """Sums of log gates over sets of tokens, in units of log 2: member (R, C) is 0/1, g (C, K) -> (R, K) fp32.
+    """Sums of log gates over sets of tokens, in units of log 2: member (R, C) is boolean, g (C, K) -> (R, K) fp32.
 
-    A product with a 0/1 matrix lands in the layout in which it is used, without a scan over tokens and its barriers.
-    It is exact up to the fp32 sum: `MT` holds g exactly, or g is split into two bf16 parts.
+    One gate per head, g (C,), gives (R, 1). Per channel, a product with a 0/1 matrix lands in the layout in which it is
+    used, without a scan over tokens and its barriers. It is exact up to the fp32 sum: `MT` holds g exactly, or g is
+    split into two bf16 parts.
     """
-    if SPLIT:
+    if len(g.shape) == 1:
+        s = tl.sum(tl.where(member, g[None, :].to(tl.float32), 0.0), 1)[:, None]
+    elif SPLIT:
         hi = g.to(tl.bfloat16)
         lo = (g - hi.to(tl.float32)).to(tl.bfloat16)
         m = member.to(tl.bfloat16)

@@ -58,8 +58,9 @@ def config(dtype: torch.dtype, K: int, V: int, backward: bool, bidirectional: bo
     return Config(64, bk, bv, nv, bidirectional and bk <= 64, _options(4, 3), _options(4, 3))
 
 
-def _options(warps: int, stages: int) -> dict:
-    return {'num_warps': warps, 'num_stages': stages}
+def _options(warps: int, stages: int, registers: int | None = None) -> dict:
+    options = {'num_warps': warps, 'num_stages': stages}
+    return options if registers is None else options | {'maxnreg': registers}
 
 
 def unsupported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *gates: torch.Tensor | None) -> str | None:
@@ -93,7 +94,9 @@ class Plan:
         self.sweep = cfg.sweep
         kinds = (2 if dirs == BOTH else 1) * (2 if self.backward else 1)
 
-        long = (ceil_div(T, N) if varlen else T) > SEGMENT
+        length = ceil_div(T, N) if varlen else T
+        # Sweeping a whole sequence in one program saves the scan, where enough programs remain to fill the GPU.
+        long = length > SEGMENT and (self.sweep or length > 8 * SEGMENT or N * H * kinds * cfg.nv < 256)
         nch = ceil_div(T, cfg.bt)
         self.cps = cps = max(SEGMENT // cfg.bt, ceil_div(nch, MAX_SEGMENTS)) if long else 1 << 20
         if varlen:

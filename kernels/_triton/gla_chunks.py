@@ -48,20 +48,21 @@ def level_weights(level, r, gf, gb, BT: tl.constexpr, DIRS: tl.constexpr, MT: tl
     e = edge[:, None]
     late = second[:, None]
     apart = block[:, None] == block[None, :]
-    if DIRS == 1:
-        x = gate_sums(late & (j >= e) & (j <= i), gf, MT, SPLIT)
-        y = gate_sums((late == 0) & (j > i) & (j < e), gf, MT, SPLIT)
+    # Forward, a query is late and a key early; reverse, the other way round: one sum per direction serves both.
+    if DIRS != 2:
+        x = gate_sums((late & (j >= e) & (j <= i)) | ((late == 0) & (j > i) & (j < e)), gf, MT, SPLIT)
+        y = x
         pairs = apart & late & (second[None, :] == 0)
-    elif DIRS == 2:
-        x = gate_sums((late == 0) & (j >= i) & (j < e), gb, MT, SPLIT)
-        y = gate_sums(late & (j >= e) & (j < i), gb, MT, SPLIT)
-        pairs = apart & (late == 0) & second[None, :]
-    else:
-        x = gate_sums(late & (j >= e) & (j <= i), gf, MT, SPLIT)
-        x += gate_sums((late == 0) & (j >= i) & (j < e), gb, MT, SPLIT)
-        y = gate_sums((late == 0) & (j > i) & (j < e), gf, MT, SPLIT)
-        y += gate_sums(late & (j >= e) & (j < i), gb, MT, SPLIT)
-        pairs = apart & (late != second[None, :])
+    if DIRS != 1:
+        z = gate_sums(((late == 0) & (j >= i) & (j < e)) | (late & (j >= e) & (j < i)), gb, MT, SPLIT)
+        if DIRS == 2:
+            x = z
+            y = z
+            pairs = apart & (late == 0) & second[None, :]
+        else:
+            y = tl.where(late, z, x)
+            x = tl.where(late, x, z)
+            pairs = apart & (late != second[None, :])
     return x, y, pairs, second
 
 

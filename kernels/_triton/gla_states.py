@@ -239,7 +239,7 @@ def gla_kernel_scan(
         if adjoint:
             state = tl.load(dinit + at, mask=ok, other=0.0)
     base = (slot * H + h).to(tl.int64) * n_segs + seg0
-    for step in range(0, count):
+    for step in tl.range(0, count, num_stages=6):  # loads far ahead: the loop is nothing but their latency
         s = step
         if leftward:
             s = count - 1 - step
