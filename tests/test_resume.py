@@ -81,7 +81,7 @@ def arguments(kind, shards, name, root):
 
 
 def interrupted(args, signal_name, step):
-    """Runs the command in a process that sends itself a signal before the given optimizer step."""
+    """Runs the command in a process that, before the given optimizer step, sends a signal to itself and its workers."""
     program = f"""
         import os, signal, sys
         sys.path.insert(0, {str(ROOT)!r})
@@ -90,13 +90,15 @@ def interrupted(args, signal_name, step):
         start = Classify.on_train_batch_start
         def signalled(self, batch, batch_idx):
             if self.global_step == {step}:
-                os.kill(os.getpid(), signal.{signal_name})
+                os.killpg(0, signal.{signal_name})
             start(self, batch, batch_idx)
         Classify.on_train_batch_start = signalled
         sys.exit(main({args!r}))
     """
     code = textwrap.dedent(program)
-    return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, '-c', code], capture_output=True, text=True, timeout=300, start_new_session=True
+    )
 
 
 def assert_same(a, b, path=''):

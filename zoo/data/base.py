@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from zoo.data.sampling import EpochSampler, KeyedDataset, Source, collate, ignore_sigterm
+from zoo.data.sampling import EpochSampler, KeyedDataset, Source, collate, shield_worker
 from zoo.data.seeding import run_seed
 from zoo.data.transforms import Augment, View, eval_transform, train_transform
 from zoo.errors import ZooError
@@ -150,7 +150,7 @@ def loader_options(num_workers: int) -> dict[str, Any]:
     """Loader arguments that are the same for map-style data and streams."""
     options: dict[str, Any] = {'num_workers': num_workers, 'pin_memory': torch.cuda.is_available()}
     if num_workers:
-        options['worker_init_fn'] = ignore_sigterm
+        options['worker_init_fn'] = shield_worker
     return options
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import struct
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -128,7 +130,20 @@ class EpochSampler(Sampler):
         return iter([(self.epoch, index) for index in mine[self.skip :]])
 
 
-def ignore_sigterm(worker_id: int) -> None:
-    """Worker initialiser: a scheduler signals every process, but only the main one knows how to stop cleanly."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def shield_worker(worker_id: int) -> None:
+    """Worker initialiser: SIGTERM counts only if the main process sends it.
+
+    A scheduler signals every process of a job, but the main one needs its workers until it has saved. Were the signal
+    ignored altogether, the interpreter would wait forever for a worker that it wants to end.
+    """
     torch.set_num_threads(1)
+    if not hasattr(signal, 'sigwaitinfo'):
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_obey_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _obey_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(143)

@@ -21,7 +21,8 @@ def run_seed() -> int:
 
 def derive_seed(*key: int) -> int:
     """A 63-bit seed from non-negative integers; neighbouring keys give unrelated seeds."""
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    # the length is part of the entropy because NumPy pads it with zeros: (1,) and (1, 0) would be the same
+    return int(np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def seed_all(*key: int) -> None:

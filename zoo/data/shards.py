@@ -12,6 +12,7 @@ import io
 import json
 import os
 import random
+import tarfile
 import urllib.request
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
@@ -76,7 +77,10 @@ def read_shard(name: str) -> Iterator[dict[str, Any]]:
             yield {**member, '__url__': name}
 
     with open_shard(name) as stream:
-        yield from group_by_keys(checked(tar_file_iterator(stream)))
+        try:
+            yield from group_by_keys(checked(tar_file_iterator(stream)))
+        except tarfile.TarError as error:
+            raise ZooError(f'{name} is cut off or no tar file: {error}') from error
 
 
 def decode_member(sample: dict[str, Any], endings: tuple[str, ...]) -> Any:

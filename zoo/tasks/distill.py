@@ -55,7 +55,8 @@ class Teacher:
             raise ZooError(f'the teacher has {self.net.num_classes} classes, the student {num_classes}')
         self.net.eval().requires_grad_(False)
         cfg = self.net.pretrained_cfg
-        self.size = tuple(cfg['input_size'][-2:]) if cfg.get('fixed_input_size') else None
+        size = kwargs.get('img_size') or (cfg['input_size'][-2:] if cfg.get('fixed_input_size') else None)
+        self.size = (size, size) if isinstance(size, int) else tuple(size) if size else None
         teacher_mean, teacher_std = torch.tensor(cfg['mean']), torch.tensor(cfg['std'])
         # student tensor -> pixels -> teacher tensor, as one scale and shift per channel
         self.scale = (torch.tensor(std) / teacher_std).view(1, -1, 1, 1)

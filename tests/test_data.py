@@ -1,0 +1,434 @@
+"""Data modules: splits, order, clear errors, unreadable files, streams."""
+
+import io
+import json
+import pickle
+import tarfile
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from zoo.data import Augment, Digits, HubImages, ImageFolder, ImageList, TarShards, View
+from zoo.data.sampling import EpochSampler, KeyedDataset
+from zoo.data.seeding import derive_seed, keyed_randomness
+from zoo.data.shards import expand_shards, read_shard
+from zoo.errors import ZooError
+
+SMALL = {'view': View(size=16), 'batch_size': 4, 'num_workers': 0}
+
+
+def picture(rng, size=(20, 24), form='PNG'):
+    file = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(file, form)
+    return file.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rng = np.random.default_rng(0)
+    for split, count in (('train', 4), ('val', 2)):
+        for name in ('ant', 'bee', 'cat'):
+            (tmp_path / split / name).mkdir(parents=True)
+            for number in range(count):
+                (tmp_path / split / name / f'{number}.png').write_bytes(picture(rng))
+    return tmp_path
+
+
+# digits
+
+
+def test_digits_split_is_fixed_and_disjoint():
+    data = Digits(**SMALL)
+    data.setup()
+    assert {k: len(v) for k, v in data.splits.items()} == {'train': 1257, 'val': 180, 'test': 360}
+    names = {k: {v.name(i) for i in range(len(v))} for k, v in data.splits.items()}
+    assert not names['train'] & names['test'] and not names['train'] & names['val'] and not names['val'] & names['test']
+    assert [data.splits['test'].name(i) for i in (0, 1, 359)] == ['digit-0003', 'digit-0007', 'digit-1796']
+    counts = np.bincount([data.splits['test'].load(i)[1] for i in range(360)])
+    assert counts.tolist() == [36] * 10
+
+
+def test_loading_does_not_depend_on_workers():
+    def first(workers):
+        data = Digits(**{**SMALL, 'num_workers': workers}, augment=Augment(rotate=20, re_prob=1.0))
+        data.setup()
+        loader = iter(data.train_dataloader())
+        return [next(loader) for _ in range(3)]
+
+    torch.manual_seed(1)
+    a = first(0)
+    torch.manual_seed(2)
+    for x, y in zip(a, first(2)):
+        assert x['name'] == y['name'] and torch.equal(x['image'], y['image'])
+
+
+def test_loading_leaves_global_randomness_alone():
+    data = Digits(**SMALL)
+    data.setup()
+    loader = iter(data.train_dataloader())
+    torch.manual_seed(5)
+    next(loader)
+    drawn = torch.rand(1)
+    torch.manual_seed(5)
+    assert torch.equal(drawn, torch.rand(1))
+
+
+# order and randomness
+
+
+def test_sampler_permutes_by_epoch_and_resumes():
+    sampler = EpochSampler(10, seed=1, shuffle=True)
+    first = [i for _, i in sampler]
+    sampler.set_epoch(1)
+    second = [i for _, i in sampler]
+    assert sorted(first) == sorted(second) == list(range(10)) and first != second
+    sampler.resume(1, 4)
+    sampler.set_epoch(1)
+    assert [i for _, i in sampler] == second[4:] and len(sampler) == 10
+    sampler.set_epoch(2)
+    assert len(list(sampler)) == 10, 'the position is the resumed epoch only'
+
+
+@pytest.mark.parametrize('shuffle', [True, False])
+def test_ranks_share_without_overlap(shuffle):
+    parts = [[i for _, i in EpochSampler(11, 0, shuffle, rank, 3)] for rank in range(3)]
+    seen = [i for part in parts for i in part]
+    assert len(seen) == len(set(seen)) == (9 if shuffle else 11)
+    if shuffle:
+        assert {len(p) for p in parts} == {3}
+
+
+def test_seeds_differ_by_every_part_of_the_key():
+    seeds = {derive_seed(*key) for key in ((0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 0, 0), (0, 0))}
+    assert len(seeds) == 5
+    with keyed_randomness(1, 2):
+        a = torch.rand(1), np.random.rand()
+    with keyed_randomness(1, 2):
+        b = torch.rand(1), np.random.rand()
+    assert a == b
+
+
+# folders
+
+
+def test_folder(folder):
+    data = ImageFolder(str(folder), **SMALL)
+    data.setup()
+    assert data.class_names == ['ant', 'bee', 'cat'] and len(data.splits['train']) == 12
+    batch = next(iter(data.train_dataloader()))
+    assert batch['image'].shape == (4, 3, 16, 16) and batch['target'].dtype == torch.long
+    assert sum(len(b['target']) for b in data.test_dataloader()) == 6, 'without a test folder, test reads val'
+
+
+def test_folder_of_classes_is_split(folder):
+    data = ImageFolder(str(folder / 'train'), val_fraction=0.25, **SMALL)
+    data.setup()
+    train, val = data.splits['train'], data.splits['val']
+    assert (len(train), len(val)) == (9, 3)
+    assert not {train.name(i) for i in range(9)} & {val.name(i) for i in range(3)}
+
+
+def test_missing_path(tmp_path):
+    with pytest.raises(ZooError, match='no such folder.*nowhere'):
+        ImageFolder(str(tmp_path / 'nowhere'), **SMALL).setup()
+
+
+def test_empty_class_folder(folder):
+    (folder / 'train' / 'dog').mkdir()
+    (folder / 'val' / 'dog').mkdir()
+    with pytest.raises(ZooError, match='1 of 4 class folders.*hold no image: dog'):
+        ImageFolder(str(folder), **SMALL).setup()
+
+
+def test_different_classes(folder):
+    (folder / 'val' / 'cat').rename(folder / 'val' / 'cow')
+    with pytest.raises(ZooError, match='different classes(.|\n)*only in train: cat\n *only in val: cow'):
+        ImageFolder(str(folder), **SMALL).setup()
+
+
+def test_batch_larger_than_split(folder):
+    data = ImageFolder(str(folder), **{**SMALL, 'batch_size': 64})
+    data.setup()
+    with pytest.raises(ZooError, match='12 images.*fewer than one batch of 64'):
+        data.train_dataloader()
+
+
+# unreadable images
+
+
+@pytest.mark.parametrize('damage', ['cut', 'text', 'empty', 'gone'])
+def test_unreadable_is_replaced_in_training_and_counted(folder, damage):
+    data = ImageFolder(str(folder), **{**SMALL, 'batch_size': 12})
+    data.setup()
+    path = folder / 'train' / 'bee' / '2.png'
+    contents = {'cut': path.read_bytes()[:200], 'text': b'not an image', 'empty': b''}
+    path.unlink()
+    if damage != 'gone':
+        path.write_bytes(contents[damage])
+    batch = next(iter(data.train_dataloader()))
+    assert len(batch['target']) == 12, 'a batch keeps its size'
+    assert [name for name, _ in batch['failures']] == [str(path)]
+    with pytest.warns(RuntimeWarning, match='skipped unreadable image .*bee/2.png.*1 so far'):
+        data.report_failures(batch['failures'])
+    assert data.skipped == 1
+
+
+def test_unreadable_is_left_out_in_evaluation(folder):
+    (folder / 'val' / 'ant' / '0.png').write_bytes(b'x')
+    data = ImageFolder(str(folder), **SMALL)
+    data.setup()
+    batches = list(data.val_dataloader())
+    assert sum(len(b['target']) for b in batches) == 5
+    assert sum(len(b['failures']) for b in batches) == 1
+
+
+def test_strict_names_the_file(folder):
+    (folder / 'val' / 'ant' / '0.png').write_bytes(b'x')
+    data = ImageFolder(str(folder), strict=True, **SMALL)
+    data.setup()
+    with pytest.raises(ZooError, match='val/ant/0.png'):
+        for batch in data.val_dataloader():
+            data.report_failures(batch['failures'])
+
+
+def test_warnings_do_not_flood(folder):
+    data = ImageFolder(str(folder), **SMALL)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        data.report_failures([(f'{i}.png', 'bad') for i in range(2000)])
+    assert data.skipped == 2000 and len(caught) == 5
+
+
+def test_a_split_of_bad_images_does_not_hang():
+    class Bad:
+        def __len__(self):
+            return 3
+
+        def name(self, index):
+            return f'bad-{index}'
+
+        def load(self, index):
+            raise OSError('broken')
+
+    sample = KeyedDataset(Bad(), None, substitute=True)[(0, 1)]
+    assert sample['image'] is None and 1 < len(sample['failures']) < 20
+
+
+# views
+
+
+def test_grey_view():
+    view = View(size=8, channels=1)
+    assert len(view.mean) == 1 and view.mode == 'L'
+    data = Digits(**{**SMALL, 'view': view})
+    data.setup()
+    assert next(iter(data.train_dataloader()))['image'].shape == (4, 1, 8, 8)
+
+
+@pytest.mark.parametrize('wrong', [{'channels': 2}, {'size': 0}, {'crop_pct': 1.5}, {'mean': (0.5, 0.5)}])
+def test_wrong_view(wrong):
+    with pytest.raises(ZooError, match='view'):
+        View(**wrong)
+
+
+# loose images
+
+
+def test_image_list(folder, tmp_path):
+    data = ImageList([str(folder / 'val'), str(folder / 'train' / 'ant' / '0.png')], View(size=16))
+    data.setup()
+    assert sum(len(b['name']) for b in data.predict_dataloader()) == 7
+    with pytest.raises(ZooError, match='no such file or folder'):
+        ImageList([str(tmp_path / 'gone.png')], View()).setup()
+    (tmp_path / 'void').mkdir()
+    with pytest.raises(ZooError, match='holds no image'):
+        ImageList([str(tmp_path / 'void')], View()).setup()
+
+
+# Hugging Face data sets
+
+
+@pytest.fixture
+def parquet(tmp_path):
+    datasets = pytest.importorskip('datasets')
+    rng = np.random.default_rng(0)
+    features = datasets.Features({'img': datasets.Image(), 'label': datasets.ClassLabel(names=['no', 'yes'])})
+    for split, count in (('train', 20), ('test', 6)):
+        rows = {'img': [{'bytes': picture(rng), 'path': None} for _ in range(count)], 'label': [0, 1] * (count // 2)}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f'{split}.parquet')
+    return tmp_path
+
+
+def test_local_parquet(parquet, tmp_path):
+    data = HubImages(str(parquet), cache_dir=str(tmp_path / 'cache'), **SMALL)
+    data.setup()
+    assert data.class_names == ['no', 'yes']
+    assert {k: len(v) for k, v in data.splits.items()} == {'train': 18, 'test': 6, 'val': 2}
+    batch = next(iter(data.train_dataloader()))
+    assert batch['image'].shape == (4, 3, 16, 16) and set(batch['target'].tolist()) <= {0, 1}
+
+
+def test_parquet_with_string_labels_and_a_bad_image(tmp_path):
+    datasets = pytest.importorskip('datasets')
+    rng = np.random.default_rng(0)
+    rows = {'picture': [{'bytes': picture(rng), 'path': None} for _ in range(8)], 'kind': ['b', 'a'] * 4}
+    rows['picture'][3]['bytes'] = b'broken'
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / 'train.parquet')
+    wrong = HubImages(str(tmp_path), cache_dir=str(tmp_path / 'cache'), **SMALL)
+    with pytest.raises(ZooError, match='set --data.label_column; the columns are picture, kind'):
+        wrong.setup()
+    data = HubImages(str(tmp_path), label_column='kind', cache_dir=str(tmp_path / 'cache'), val_fraction=0.1, **SMALL)
+    data.setup()
+    assert data.class_names == ['a', 'b']
+    failures = [f for split in ('train', 'val') for b in data._eval_loader(split) for f in b['failures']]
+    assert len(failures) == 1 and 'row 3' in failures[0][0]
+
+
+def test_parquet_is_missing(tmp_path):
+    with pytest.raises(ZooError, match='no such file or folder'):
+        HubImages(str(tmp_path / 'gone'), **SMALL).setup()
+    with pytest.raises(ZooError, match='holds none of train'):
+        HubImages(str(tmp_path), **SMALL).setup()
+
+
+# tar shards
+
+
+def write_shard(path, samples):
+    with tarfile.open(path, 'w') as tar:
+        for name, data in samples:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+@pytest.fixture
+def shards(tmp_path):
+    rng = np.random.default_rng(0)
+    for number in range(3):
+        samples = []
+        for key in range(8):
+            label = (number * 8 + key) % 5
+            about = json.dumps({'label': label, 'title': 'x'}).encode()
+            name = f'{number}{key}'
+            samples += [
+                (f'{name}.jpg', picture(rng, form='JPEG')),
+                (f'{name}.cls', b'%d' % label),
+                (f'{name}.json', about),
+            ]
+        write_shard(tmp_path / f's-{number}.tar', samples)
+    return tmp_path
+
+
+def stream(folder, **kwargs):
+    pattern = f'{folder}/s-{{0..2}}.tar'
+    options = {'num_classes': 5, 'train_samples': 24, 'shuffle_buffer': 6, **SMALL, **kwargs}
+    data = TarShards(pattern, pattern, **options)
+    data.setup()
+    return data
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_shards_evaluate_every_sample_once(shards, workers):
+    data = stream(shards, num_workers=workers)
+    names = [n for b in data.val_dataloader() for n in b['name']]
+    assert len(names) == len(set(names)) == 24
+
+
+@pytest.mark.parametrize('workers', [0, 2, 3])
+def test_shards_epoch_has_a_known_length(shards, workers):
+    data = stream(shards, num_workers=workers)
+    loader = data.train_dataloader()
+    batches = list(loader)
+    assert len(loader) == len(batches) == 6 and all(len(b['target']) == 4 for b in batches)
+    data.set_epoch(1)
+    assert [b['name'] for b in loader] != [b['name'] for b in batches]
+    data.set_epoch(0)
+    assert [b['name'] for b in loader] == [b['name'] for b in batches]
+
+
+@pytest.mark.parametrize('workers', [0, 2, 3])
+@pytest.mark.parametrize('done', [1, 2, 5])
+def test_shards_resume_in_mid_epoch(shards, workers, done):
+    whole = list(stream(shards, num_workers=workers).train_dataloader())
+    data = stream(shards, num_workers=workers)
+    data.load_state_dict({'epoch': 0, 'batches': done})
+    rest = list(data.train_dataloader())
+    assert len(rest) == 6 - done
+    for a, b in zip(whole[done:], rest):
+        assert a['name'] == b['name'] and torch.equal(a['image'], b['image'])
+
+
+def test_shards_ranks_read_different_shards(shards):
+    data = stream(shards)
+    names = []
+    for rank in range(3):
+        dataset = data._dataset('val', lambda image: torch.zeros(1), None)
+        dataset.rank, dataset.world_size = rank, 3
+        names += [s['name'] for s in dataset]
+    assert len(names) == len(set(names)) == 24
+
+
+def test_shards_labels_from_json(shards):
+    data = stream(shards, label_key='label')
+    assert sorted({t for b in data.val_dataloader() for t in b['target'].tolist()}) == [0, 1, 2, 3, 4]
+    with pytest.raises(ZooError, match="no class number .json key 'absent'"):
+        list(stream(shards, label_key='absent').val_dataloader())
+
+
+def test_shards_label_out_of_range(shards):
+    with pytest.raises(ZooError, match='label 4, but data.num_classes is 4'):
+        list(stream(shards, num_classes=4).val_dataloader())
+
+
+def test_shards_unreadable_image(tmp_path, shards):
+    rng = np.random.default_rng(1)
+    samples = [(f'{k}.{e}', d) for k in range(8) for e, d in (('jpg', picture(rng, form='JPEG')), ('cls', b'1'))]
+    samples[4] = ('2.jpg', b'broken')
+    write_shard(tmp_path / 's-1.tar', samples)
+    data = stream(tmp_path)
+    train, val = list(data.train_dataloader()), list(data.val_dataloader())
+    assert all(len(b['target']) == 4 for b in train)
+    assert sum(len(b['target']) for b in val) == 23
+    assert 's-1.tar:2' in [f for b in val for f in b['failures']][0][0]
+
+
+@pytest.mark.parametrize(('ending', 'workers'), [('pkl', 0), ('pickle', 1), ('pyd', 0), ('pth', 0), ('npy', 0)])
+def test_shards_refuse_pickles(tmp_path, ending, workers):
+    class Evil:
+        def __reduce__(self):
+            return open, (str(tmp_path / 'ran'), 'w')
+
+    rng = np.random.default_rng(0)
+    samples = [('0.jpg', picture(rng, form='JPEG')), ('0.cls', b'1'), (f'0.{ending}', pickle.dumps(Evil()))]
+    for number in range(3):
+        write_shard(tmp_path / f's-{number}.tar', samples)
+    with pytest.raises(ZooError, match=f'refused 0.{ending}'):
+        list(stream(tmp_path, num_workers=workers).val_dataloader())
+    assert not (tmp_path / 'ran').exists()
+
+
+@pytest.mark.parametrize('address', ['pipe:touch {ran}', 'pipe: cat x.tar', 'gs://bucket/x.tar', 'file:x.tar'])
+def test_shards_refuse_commands(tmp_path, address):
+    with pytest.raises(ZooError, match='refused shard address'):
+        expand_shards(address.replace('{ran}', str(tmp_path / 'ran')))
+    assert not (tmp_path / 'ran').exists()
+
+
+def test_shards_missing_and_cut_off(tmp_path, shards):
+    with pytest.raises(ZooError, match='1 of 4 shards do not exist, the first is .*s-3.tar'):
+        expand_shards(f'{shards}/s-{{0..3}}.tar')
+    assert [p.rsplit('/', 1)[1] for p in expand_shards(f'{shards}/s-*.tar')] == ['s-0.tar', 's-1.tar', 's-2.tar']
+    whole = (shards / 's-0.tar').read_bytes()
+    (tmp_path / 'cut.tar').write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ZooError, match='cut.tar is cut off'):
+        list(read_shard(str(tmp_path / 'cut.tar')))
+
+
+def test_shards_cannot_hide_members(tmp_path):
+    write_shard(tmp_path / 'x.tar', [('../../0.jpg', b''), ('0.PKL', b'')])
+    with pytest.raises(ZooError, match='refused 0.PKL'):
+        list(read_shard(str(tmp_path / 'x.tar')))
