@@ -68,7 +68,10 @@ def gate_sums(member, g, MT: tl.constexpr, SPLIT: tl.constexpr):
 @triton.jit
 def run_sums(member, x, PREC: tl.constexpr):
     """Sums of fp32 values over sets of tokens: member (R, C) is 0/1, x (C, K) fp32 -> (R, K) fp32."""
-    return tl.dot(member.to(tl.float32), x, input_precision=PREC)
+    if PREC == 'bf16':
+        return tl.dot(member.to(tl.bfloat16), x.to(tl.bfloat16))
+    else:
+        return tl.dot(member.to(tl.float32), x, input_precision=PREC)
 
 
 def interpreting() -> bool:

@@ -20,6 +20,7 @@ FORWARD, REVERSE, BOTH = 1, 2, 3
 SEGMENT = 512  # tokens
 MAX_SEGMENTS = 32
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SAFE_GROUP = 8  # chunks that one program of the safe backward form looks at
 LIMIT = -100.0  # log 2 of the smallest gate product inside a chunk that the fast form takes
 
 _plans: dict[tuple, Plan] = {}
@@ -31,6 +32,8 @@ class Config(NamedTuple):
 
     bt: tokens in a chunk; bk: K padded; bv: value block; nv: number of value blocks; sweep: whether one program runs
     over a whole segment (bidirectional forward) instead of one per chunk; states, chunks: options of the two kernels.
+    Backward only: group: chunks in one program; ahead: how many of them have their loads under way; sums: operands of
+    the sums behind the gates' gradient.
     """
 
     bt: int
@@ -40,6 +43,9 @@ class Config(NamedTuple):
     sweep: bool
     states: dict
     chunks: dict
+    group: int = 4
+    ahead: int = 2
+    sums: str = 'tf32'
 
 
 def config(dtype: torch.dtype, K: int, V: int, backward: bool, bidirectional: bool) -> Config:
@@ -125,7 +131,7 @@ class Plan:
                   'GATE': self.gate, 'VARLEN': varlen, 'A': unit, 'AG': unit_g, 'CT': ct, 'PREC': prec, 'MT': mt,
                   'SPLIT': split, 'ADJOINT': self.backward, 'INIT': init is not None, 'DINIT': dinit is not None,
                   'FINAL': 0 if not final else 2 if self.backward else 1, 'KEEP': not self.sweep,
-                  'LEVELS': cfg.bt.bit_length() - 1, 'SUMS': 'tf32' if prec == 'tf32' else 'tf32x3'}  # fmt: skip
+                  'LEVELS': cfg.bt.bit_length() - 1, 'STAGES': cfg.ahead, 'SUMS': cfg.sums if prec == 'tf32' else prec}  # fmt: skip
         # A chunk's two forms are two launches, each of which returns at once from the other's chunks: one kernel with a
         # branch would hold the registers of both. fp32 takes the safe form everywhere, the more exact one.
         self.forms = (False,) if self.gate == 0 else (True,) if q.dtype == torch.float32 else (False, True)
@@ -136,7 +142,7 @@ class Plan:
         self.code = (*consts.values(), q.dtype, None if g is None else g.dtype, self.state_dtype)
         self.grid_states = (self.n_segs * H * kinds, cfg.nv, 1)
         self.grid_scan = (N * H * kinds, vp // 16, 1)
-        self.grid_chunks = (self.n_chunks * H, 1 if self.backward else cfg.nv, 1)
+        self.grid_chunks = (self.n_chunks * H, cfg.nv, 1)
         self.grid_sweep = (self.n_segs * H, cfg.nv, 1)
         self.out_shape = (B, T, H, V)
 
@@ -224,13 +230,18 @@ class _Run:
                     plan.n_segs]  # fmt: skip
             _launch(gla_kernel_scan, ('scan', *self.code), plan.grid_scan, args, plan.scan_consts, {'num_warps': 1})
 
-    def run_chunks(self, name: str, kernel, grid: tuple, tensors: list) -> None:
-        """The launches of a kernel that comes in a fast and a safe form."""
+    def run_chunks(self, name: str, kernel, grid: tuple | None, tensors: list) -> None:
+        """The launches of a kernel that comes in a fast and a safe form; no grid stands for groups of chunks."""
         plan = self.plan
         args = [*tensors, *self.ints]
         for safe in plan.forms:
-            consts = plan.consts if interpreting() or (name, safe, *self.code) not in _compiled else None
-            _launch(kernel, (name, safe, *self.code), grid, args, consts and consts | {'SAFE': safe}, plan.cfg.chunks)
+            code = (name, safe, *self.code)
+            group = SAFE_GROUP if safe else plan.cfg.group
+            consts = {}
+            if interpreting() or code not in _compiled:
+                consts = plan.consts | {'SAFE': safe, 'GROUP': group}
+            size = grid if grid else (ceil_div(plan.n_chunks, group) * plan.H, 1, 1)
+            _launch(kernel, code, size, args, consts, plan.cfg.chunks)
 
 
 _empty: dict[torch.device, torch.Tensor] = {}
@@ -263,13 +274,12 @@ def _forward(q, k, v, gf, gb, scale, init, output_final_state, cu_seqlens, dirs)
 
 def _backward(q, k, v, gf, gb, scale, init, do, dfinal, cu_seqlens, dirs):
     run = _Run(q, k, v, gf, gb, scale, init, cu_seqlens, dirs, init is not None, do, dfinal)
-    plan = run.plan
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     dgf = None if gf is None else torch.empty(gf.shape, dtype=gf.dtype, device=q.device)
     dgb = None if gb is None else torch.empty(gb.shape, dtype=gb.dtype, device=q.device)
     dinit = None if init is None else torch.empty(init.shape, dtype=torch.float32, device=q.device)
     run.run_states(dinit)
-    run.run_chunks('gradients', gla_bwd_kernel_chunk, plan.grid_chunks,
+    run.run_chunks('gradients', gla_bwd_kernel_chunk, None,
                    [run.q, run.k, run.v, run.do, run.gf, run.gb, dq, dk, dv, dq if dgf is None else dgf,
                     dq if dgb is None else dgb, run.states, run.totals, run.prefix, run.seg_state, run.chunks],
                    )  # fmt: skip

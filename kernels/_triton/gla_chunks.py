@@ -240,30 +240,17 @@ def direction(
     return dqs, dks, dvs, a, key, dg
 
 
-@triton.jit(do_not_specialize=STRIDES + SIZES)
-def gla_bwd_kernel_chunk(
-    q, k, v, do, gf, gb, dq, dk, dv, dgf, dgb,
-    states, totals, prefix, seg_state, chunks,
+@triton.jit
+def chunk_gradients(
+    q, k, v, do, gf, gb, dq, dk, dv, dgf, dgb, states, totals, prefix, seg_state,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, d_b, d_t, d_h, g_b, g_t, g_h, r_b, r_t, r_h,
-    scale, T, nch, cps, nseg, n_chunks, n_segs,
+    scale, T, several, n_chunks, n_segs, h, gc, b, t0, end, seg, wanted,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    NV: tl.constexpr, LEVELS: tl.constexpr, DIRS: tl.constexpr, GATE: tl.constexpr, VARLEN: tl.constexpr,
-    A: tl.constexpr, AG: tl.constexpr, LIMIT: tl.constexpr, SAFE: tl.constexpr,
+    NV: tl.constexpr, LEVELS: tl.constexpr, DIRS: tl.constexpr, GATE: tl.constexpr,
+    A: tl.constexpr, AG: tl.constexpr, SAFE: tl.constexpr,
     CT: tl.constexpr, PREC: tl.constexpr, SUMS: tl.constexpr, MT: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of one chunk from the four states that arrive at it. Program: (chunk, head)."""
-    pid = tl.program_id(0)
-    h = pid % H
-    gc = tl.cast(pid // H, tl.int64)
-    b, t0, end, seg = place(gc, chunks, T, nch, cps, nseg, BT, VARLEN)
-    if VARLEN:
-        if b < 0:
-            return
-        b = 0
-    kk = tl.arange(0, BK)
-    if GATE:
-        if wild(totals, h, gc, kk, n_chunks, H, BK, DIRS, LIMIT) != SAFE:
-            return
+    """All gradients of chunk `gc` of head `h`, from the four states that arrive at it; stored only if `wanted`."""
     b = tl.cast(b, tl.int64)
     t0 = tl.cast(t0, tl.int64)
     VP: tl.constexpr = NV * BV
@@ -273,9 +260,10 @@ def gla_bwd_kernel_chunk(
     r = tl.arange(0, BT)
     vrow = tl.arange(0, BV)
     ok_t = r < end - t0
+    put = r < tl.where(wanted, end - t0, 0)
+    kk = tl.arange(0, BK)
     i = r[:, None]
     j = r[None, :]
-    several = nseg > 1
     at_f = h.to(tl.int64)
     at_b = (LAST * H + h).to(tl.int64)
     adj_f = (ND * H + h).to(tl.int64)
@@ -341,9 +329,9 @@ def gla_bwd_kernel_chunk(
                 False, V, BT, BK, BV, NV, SAFE, CT, PREC, SUMS, MT, SPLIT,
             )  # fmt: skip
             if GATE == 1:
-                tl.store(dgf + row + r * H, tl.sum(dg, 1).to(dgf.dtype.element_ty), mask=ok_t)
+                tl.store(dgf + row + r * H, tl.sum(dg, 1).to(dgf.dtype.element_ty), mask=put)
             else:
-                store_tile(dgf + row * K, dg, r, kk, H * K, ok_t, K, BK)
+                store_tile(dgf + row * K, dg, r, kk, H * K, put, K, BK)
         if DIRS != 1:
             if not SAFE:
                 gbs = load_gate(gb + (b * r_b + t0 * r_t + h * r_h) * AG, r, kk, r_t * AG, ok_t, K, BK, GATE == 1)
@@ -355,9 +343,9 @@ def gla_bwd_kernel_chunk(
                 True, V, BT, BK, BV, NV, SAFE, CT, PREC, SUMS, MT, SPLIT,
             )  # fmt: skip
             if GATE == 1:
-                tl.store(dgb + row + r * H, tl.sum(dg, 1).to(dgb.dtype.element_ty), mask=ok_t)
+                tl.store(dgb + row + r * H, tl.sum(dg, 1).to(dgb.dtype.element_ty), mask=put)
             else:
-                store_tile(dgb + row * K, dg, r, kk, H * K, ok_t, K, BK)
+                store_tile(dgb + row * K, dg, r, kk, H * K, put, K, BK)
         own = (tl.sum(tl.where(i == j, da, 0.0), 1) * (scale * TIMES))[:, None]
         dqs += own * ks
         dks += own * qs
@@ -393,8 +381,8 @@ def gla_bwd_kernel_chunk(
             if NV == 1:
                 dvs += mm(ks, tl.trans(z), CT, PREC)
         dqs *= scale
-    store_tile(dq + row * K, dqs, r, kk, H * K, ok_t, K, BK)
-    store_tile(dk + row * K, dks, r, kk, H * K, ok_t, K, BK)
+    store_tile(dq + row * K, dqs, r, kk, H * K, put, K, BK)
+    store_tile(dk + row * K, dks, r, kk, H * K, put, K, BK)
 
     for vb in tl.static_range(NV):
         vv = vb * BV + vrow
@@ -410,4 +398,65 @@ def gla_bwd_kernel_chunk(
                                several, BK, VP, GATE > 0)  # fmt: skip
                 dvs += mm(key_b, tl.trans(z), CT, PREC)
         dvs += mm(tl.trans(a), ds, CT, PREC)
-        store_tile(dv + row * V, dvs, r, vv, H * V, ok_t, V, VP)
+        store_tile(dv + row * V, dvs, r, vv, H * V, put, V, VP)
+
+
+@triton.jit(do_not_specialize=STRIDES + SIZES)
+def gla_bwd_kernel_chunk(
+    q, k, v, do, gf, gb, dq, dk, dv, dgf, dgb,
+    states, totals, prefix, seg_state, chunks,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, d_b, d_t, d_h, g_b, g_t, g_h, r_b, r_t, r_h,
+    scale, T, nch, cps, nseg, n_chunks, n_segs,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    NV: tl.constexpr, LEVELS: tl.constexpr, DIRS: tl.constexpr, GATE: tl.constexpr, VARLEN: tl.constexpr,
+    A: tl.constexpr, AG: tl.constexpr, LIMIT: tl.constexpr, SAFE: tl.constexpr, GROUP: tl.constexpr,
+    STAGES: tl.constexpr,
+    CT: tl.constexpr, PREC: tl.constexpr, SUMS: tl.constexpr, MT: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Gradients of `GROUP` chunks. Program: (group, head).
+
+    The fast form has no branch in its loop, so that the next chunk's loads run during this one's products; the safe
+    form, most often without any work, looks at the whole group first.
+    """
+    pid = tl.program_id(0)
+    h = pid % H
+    first = tl.cast(pid // H, tl.int64) * GROUP
+    kk = tl.arange(0, BK)
+    if SAFE:
+        n = first + tl.arange(0, GROUP)
+        at = ((h.to(tl.int64) * n_chunks + n) * BK)[:, None] + kk[None, :]
+        low = tl.load(totals + at, mask=(n < n_chunks)[:, None], other=0.0)
+        if DIRS == 3:
+            more = tl.load(totals + tl.cast(n_chunks, tl.int64) * (H * BK) + at, mask=(n < n_chunks)[:, None], other=0.0)
+            low = tl.minimum(low, more)
+        if tl.min(tl.min(low, 1), 0) >= LIMIT:
+            return
+    for step in tl.range(0, GROUP, num_stages=STAGES):
+        gc = first + step
+        inside = gc < n_chunks
+        gc = tl.minimum(gc, n_chunks - 1)
+        b, t0, end, seg = place(gc, chunks, T, nch, cps, nseg, BT, VARLEN)
+        if VARLEN:
+            inside = inside & (b >= 0)
+            b = 0
+            seg = tl.maximum(seg, 0)
+            t0 = tl.maximum(t0, 0)
+            end = tl.maximum(end, 0)
+        wanted = inside
+        if GATE:
+            wanted = inside & (wild(totals, h, gc, kk, n_chunks, H, BK, DIRS, LIMIT) == SAFE)
+        if SAFE:
+            if wanted:
+                chunk_gradients(
+                    q, k, v, do, gf, gb, dq, dk, dv, dgf, dgb, states, totals, prefix, seg_state,
+                    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, d_b, d_t, d_h, g_b, g_t, g_h, r_b, r_t, r_h,
+                    scale, T, nseg > 1, n_chunks, n_segs, h, gc, b, t0, end, seg, wanted,
+                    H, K, V, BT, BK, BV, NV, LEVELS, DIRS, GATE, A, AG, SAFE, CT, PREC, SUMS, MT, SPLIT,
+                )  # fmt: skip
+        else:
+            chunk_gradients(
+                q, k, v, do, gf, gb, dq, dk, dv, dgf, dgb, states, totals, prefix, seg_state,
+                q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, d_b, d_t, d_h, g_b, g_t, g_h, r_b, r_t, r_h,
+                scale, T, nseg > 1, n_chunks, n_segs, h, gc, b, t0, end, seg, wanted,
+                H, K, V, BT, BK, BV, NV, LEVELS, DIRS, GATE, A, AG, SAFE, CT, PREC, SUMS, MT, SPLIT,
+            )  # fmt: skip

@@ -11,21 +11,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from check_gla import FLOORS, floor_inputs, graphed, reference, rms, run
 from zoo.kernels._triton import gla
 
-# backward, chunk, (warps, stages) of the states, (warps, stages[, register cap]) of the chunks
+# backward, chunk, (warps, stages) of the states, (warps, stages[, register cap]) of the chunks; group, ahead, sums
 VARIANTS = [
-    (False, 64, (4, 3), (4, 3)), (False, 32, (4, 3), (4, 3)), (False, 64, (4, 3), (4, 3, 168)),
-    (True, 32, (4, 3), (4, 2)), (True, 32, (2, 3), (4, 2, 168)), (True, 32, (2, 4), (4, 2, 128)),
-    (True, 16, (2, 3), (2, 2)), (True, 16, (2, 4), (2, 2, 168)), (True, 32, (4, 5), (2, 2, 168)),
+    (True, 32, (4, 3), (4, 2), 1, 1, 'tf32'), (True, 32, (4, 3), (4, 2), 1, 1, 'bf16'),
+    (True, 32, (4, 3), (4, 2), 4, 2, 'tf32'), (True, 32, (4, 3), (4, 2), 4, 2, 'bf16'),
+    (True, 32, (4, 3), (4, 2), 4, 1, 'tf32'), (True, 32, (4, 3), (4, 2), 7, 3, 'bf16'),
+    (True, 16, (4, 4), (1, 2), 4, 2, 'bf16'), (True, 16, (4, 4), (2, 2), 7, 2, 'bf16'),
 ]  # fmt: skip
 PLAIN = gla.config
 
 
 def use(variant):
-    backward, bt, states, chunks = variant
+    backward, bt, states, chunks, *loop = variant
+    loop = dict(zip(('group', 'ahead', 'sums'), loop))
 
     def config(dtype, K, V, b, both):
         c = PLAIN(dtype, K, V, b, both)
-        return c._replace(bt=bt, states=gla._options(*states), chunks=gla._options(*chunks)) if b == backward else c
+        return c._replace(bt=bt, states=gla._options(*states), chunks=gla._options(*chunks), **loop) if b == backward else c
 
     gla.config = config
     gla._plans.clear()
