@@ -83,14 +83,15 @@ def arguments(kind, shards, name, root):
 def interrupted(args, signal_name, step):
     """Runs the command in a process that, before the given optimizer step, sends a signal to itself and its workers."""
     program = f"""
-        import os, signal, sys
+        import os, subprocess, sys
         sys.path.insert(0, {str(ROOT)!r})
         from zoo.cli import main
         from zoo.tasks import Classify
         start = Classify.on_train_batch_start
         def signalled(self, batch, batch_idx):
             if self.global_step == {step}:
-                os.killpg(0, signal.{signal_name})
+                # from another process, as a scheduler does it
+                subprocess.run(['kill', '-{signal_name.removeprefix('SIG')}', '--', f'-{{os.getpgrp()}}'])
             start(self, batch, batch_idx)
         Classify.on_train_batch_start = signalled
         sys.exit(main({args!r}))
