@@ -131,7 +131,8 @@ class Plan:
                   'GATE': self.gate, 'VARLEN': varlen, 'A': unit, 'AG': unit_g, 'CT': ct, 'PREC': prec, 'MT': mt,
                   'SPLIT': split, 'ADJOINT': self.backward, 'INIT': init is not None, 'DINIT': dinit is not None,
                   'FINAL': 0 if not final else 2 if self.backward else 1, 'KEEP': not self.sweep,
-                  'LEVELS': cfg.bt.bit_length() - 1, 'STAGES': cfg.ahead, 'SUMS': cfg.sums if prec == 'tf32' else prec}  # fmt: skip
+                  'LEVELS': cfg.bt.bit_length() - 1, 'STAGES': cfg.ahead,
+                  'SUMS': cfg.sums if prec == 'tf32' else prec}  # fmt: skip
         # A chunk's two forms are two launches, each of which returns at once from the other's chunks: one kernel with a
         # branch would hold the registers of both. fp32 takes the safe form everywhere, the more exact one.
         self.forms = (False,) if self.gate == 0 else (True,) if q.dtype == torch.float32 else (False, True)

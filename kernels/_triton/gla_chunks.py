@@ -212,7 +212,7 @@ def direction(
             vs = load_tile(v_ptr, r, vv, v_s, ok_t, V, VP)
         s = load_state(states, prefix, seg_state, at, at_seg, vv, kk, several, BK, VP, True)
         z = load_state(states, prefix, seg_state, adj, adj_seg, vv, kk, several, BK, VP, True)
-        held += tl.sum(s * z, 0)
+        held += tl.sum(s.to(tl.float32) * z.to(tl.float32), 0)
         q_in = tl.dot(ds.to(CT), s.to(CT), acc=q_in, input_precision=PREC)
         k_in = tl.dot(vs.to(CT), z.to(CT), acc=k_in, input_precision=PREC)
         if NV == 1:
@@ -368,9 +368,9 @@ def chunk_gradients(
             ds = load_tile(d_ptr, r, vv, d_s, ok_t, V, VP)
             vs = load_tile(v_ptr, r, vv, v_s, ok_t, V, VP)
             s = load_state(states, prefix, seg_state, at_f * n_chunks + gc, at_f * n_segs + seg, vv, kk, several,
-                           BK, VP, False)  # fmt: skip
+                           BK, VP, False).to(tl.float32)  # fmt: skip
             z = load_state(states, prefix, seg_state, adj_f * n_chunks + gc, adj_f * n_segs + seg, vv, kk, several,
-                           BK, VP, False)  # fmt: skip
+                           BK, VP, False).to(tl.float32)  # fmt: skip
             if DIRS == 3:
                 s += load_state(states, prefix, seg_state, at_b * n_chunks + gc, at_b * n_segs + seg, vv, kk, several,
                                 BK, VP, False)  # fmt: skip
@@ -427,8 +427,8 @@ def gla_bwd_kernel_chunk(
         at = ((h.to(tl.int64) * n_chunks + n) * BK)[:, None] + kk[None, :]
         low = tl.load(totals + at, mask=(n < n_chunks)[:, None], other=0.0)
         if DIRS == 3:
-            more = tl.load(totals + tl.cast(n_chunks, tl.int64) * (H * BK) + at, mask=(n < n_chunks)[:, None], other=0.0)
-            low = tl.minimum(low, more)
+            at += tl.cast(n_chunks, tl.int64) * (H * BK)
+            low = tl.minimum(low, tl.load(totals + at, mask=(n < n_chunks)[:, None], other=0.0))
         if tl.min(tl.min(low, 1), 0) >= LIMIT:
             return
     for step in tl.range(0, GROUP, num_stages=STAGES):

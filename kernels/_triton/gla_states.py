@@ -259,11 +259,14 @@ def load_state(
     states, prefix, seg_state, at_chunk, at_seg, vv, kk, several,
     BK: tl.constexpr, VP: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
-    """State that arrives at a chunk, (value block, K) fp32: what its own segment holds and what came from before."""
-    s = tl.load(states + (at_chunk * VP + vv[:, None]) * BK + kk[None, :]).to(tl.float32)
+    """State that arrives at a chunk, (value block, K): what its own segment holds and what came from before.
+
+    In the type in which states are stored, that of the products' operands: fp32 copies would cost registers.
+    """
+    s = tl.load(states + (at_chunk * VP + vv[:, None]) * BK + kk[None, :])
     if several:
         came = tl.load(seg_state + (at_seg * VP + vv[:, None]) * BK + kk[None, :])
         if GATE:
             came = came * tl.exp2(tl.load(prefix + at_chunk * BK + kk))[None, :]
-        s += came
+        s = (s.to(tl.float32) + came).to(states.dtype.element_ty)
     return s

@@ -11,12 +11,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from check_gla import FLOORS, floor_inputs, graphed, reference, rms, run
 from zoo.kernels._triton import gla
 
-# backward, chunk, (warps, stages) of the states, (warps, stages[, register cap]) of the chunks; group, ahead, sums
+# backward, chunk, (warps, stages[, register cap]) of the states, the same of the chunks; backward: group, ahead, sums
 VARIANTS = [
-    (True, 32, (4, 3), (4, 2), 1, 1, 'tf32'), (True, 32, (4, 3), (4, 2), 1, 1, 'bf16'),
-    (True, 32, (4, 3), (4, 2), 4, 2, 'tf32'), (True, 32, (4, 3), (4, 2), 4, 2, 'bf16'),
-    (True, 32, (4, 3), (4, 2), 4, 1, 'tf32'), (True, 32, (4, 3), (4, 2), 7, 3, 'bf16'),
-    (True, 16, (4, 4), (1, 2), 4, 2, 'bf16'), (True, 16, (4, 4), (2, 2), 7, 2, 'bf16'),
+    (True, 32, (4, 3, 96), (4, 2), 4, 2, 'tf32'), (True, 32, (4, 3, 112), (4, 2), 3, 2, 'tf32'),
+    (True, 32, (4, 2, 96), (4, 2), 7, 2, 'tf32'), (True, 32, (4, 4, 96), (4, 2), 2, 2, 'tf32'),
+    (False, 64, (4, 2), (4, 3)), (False, 64, (4, 2, 96), (4, 3)), (False, 64, (4, 3, 128), (4, 3)),
 ]  # fmt: skip
 PLAIN = gla.config
 
