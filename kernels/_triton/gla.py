@@ -43,8 +43,8 @@ class Config(NamedTuple):
     sweep: bool
     states: dict
     chunks: dict
-    group: int = 4
-    ahead: int = 2
+    group: int = 1
+    ahead: int = 1
     sums: str = 'tf32'
 
 
@@ -59,9 +59,11 @@ def config(dtype: torch.dtype, K: int, V: int, backward: bool, bidirectional: bo
     if dtype != torch.bfloat16:
         bt = 16 if bk > 64 else 32
         return Config(bt, bk, bv, nv, False, _options(4, 2), _options(8, 2))
-    if backward:
+    if not backward:
+        return Config(64, bk, bv, nv, bidirectional and bk <= 64, _options(4, 3), _options(4, 3))
+    if bk > 32 or nv > 1:
         return Config(32, bk, bv, nv, False, _options(4, 3), _options(4 if bk <= 32 else 8, 2))
-    return Config(64, bk, bv, nv, bidirectional and bk <= 64, _options(4, 3), _options(4, 3))
+    return Config(32, bk, bv, nv, False, _options(4, 3, 112), _options(4, 2), group=3, ahead=2)
 
 
 def _options(warps: int, stages: int, registers: int | None = None) -> dict:
@@ -131,7 +133,7 @@ class Plan:
                   'GATE': self.gate, 'VARLEN': varlen, 'A': unit, 'AG': unit_g, 'CT': ct, 'PREC': prec, 'MT': mt,
                   'SPLIT': split, 'ADJOINT': self.backward, 'INIT': init is not None, 'DINIT': dinit is not None,
                   'FINAL': 0 if not final else 2 if self.backward else 1, 'KEEP': not self.sweep,
-                  'LEVELS': cfg.bt.bit_length() - 1, 'STAGES': cfg.ahead,
+                  'LEVELS': cfg.bt.bit_length() - 1,
                   'SUMS': cfg.sums if prec == 'tf32' else prec}  # fmt: skip
         # A chunk's two forms are two launches, each of which returns at once from the other's chunks: one kernel with a
         # branch would hold the registers of both. fp32 takes the safe form everywhere, the more exact one.
@@ -164,17 +166,19 @@ def _plan(q, k, v, gf, gb, do, init, dinit, cu_seqlens, dirs, final) -> Plan:
     return plan
 
 
-def _launch(kernel, code: tuple, grid: tuple, args: list, consts: dict, options: dict) -> None:
-    """Run a kernel; from the second time on past Triton's own look-up, which takes most of a launch's time."""
-    if interpreting():
-        names = kernel.arg_names[len(args) :]
-        kernel[grid](*args, **{n: consts[n] for n in names})
-        return
-    found = _compiled.get(code)
+def _launch(kernel, code: tuple, grid: tuple, args: list, consts: dict, options: dict, run: bool = True) -> None:
+    """Run a kernel, or only compile it; from the second time on past Triton's own look-up, most of a launch's time."""
+    found = None if interpreting() else _compiled.get(code)
     if found is None:
         used = {n: consts[n] for n in kernel.arg_names[len(args) :]}
-        _compiled[code] = kernel[grid](*args, **used, **options), tuple(used.values())
-    else:
+        if interpreting():
+            if run:
+                kernel[grid](*args, **used)
+        elif run:
+            _compiled[code] = kernel[grid](*args, **used, **options), tuple(used.values())
+        else:
+            _compiled[code] = kernel.warmup(*args, grid=grid, **used, **options), tuple(used.values())
+    elif run:
         compiled, values = found
         compiled[grid](*args, *values)
 
@@ -222,14 +226,18 @@ class _Run:
         """Fill the states, and `final` with the state (or in a backward pass its gradient) past the last token."""
         plan, q = self.plan, self.q
         final = q if final is None else final
-        if plan.several or not plan.sweep:
+        # What only longer sequences run is compiled now, so that a later call with another T compiles nothing.
+        code = ('states', *self.code)
+        if plan.several or not plan.sweep or code not in _compiled:
             args = [q, self.k, self.v, self.do, self.gf, self.gb, self.states, self.totals, self.prefix,
                     self.seg_state, self.seg_total, self.init, self.dinit, final, self.segs, *self.ints]  # fmt: skip
-            _launch(gla_kernel_states, ('states', *self.code), plan.grid_states, args, plan.consts, plan.cfg.states)
-        if plan.several:
+            _launch(gla_kernel_states, code, plan.grid_states, args, plan.consts, plan.cfg.states,
+                    plan.several or not plan.sweep)  # fmt: skip
+        code = ('scan', *self.code)
+        if plan.several or code not in _compiled:
             args = [self.seg_state, self.seg_total, self.init, self.dinit, final, self.spans, plan.sizes[3],
                     plan.n_segs]  # fmt: skip
-            _launch(gla_kernel_scan, ('scan', *self.code), plan.grid_scan, args, plan.scan_consts, {'num_warps': 1})
+            _launch(gla_kernel_scan, code, plan.grid_scan, args, plan.scan_consts, {'num_warps': 1}, plan.several)
 
     def run_chunks(self, name: str, kernel, grid: tuple | None, tensors: list) -> None:
         """The launches of a kernel that comes in a fast and a safe form; no grid stands for groups of chunks."""
@@ -240,7 +248,7 @@ class _Run:
             group = SAFE_GROUP if safe else plan.cfg.group
             consts = {}
             if interpreting() or code not in _compiled:
-                consts = plan.consts | {'SAFE': safe, 'GROUP': group}
+                consts = plan.consts | {'SAFE': safe, 'GROUP': group, 'STAGES': 1 if safe else plan.cfg.ahead}
             size = grid if grid else (ceil_div(plan.n_chunks, group) * plan.H, 1, 1)
             _launch(kernel, code, size, args, consts, plan.cfg.chunks)
 

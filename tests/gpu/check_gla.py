@@ -261,6 +261,17 @@ def timings(say):
     y = torch.empty_like(x)
     copy = 2 * x.numel() / events(lambda: y.copy_(x)) / 1e9
     say(what='copy', TBps=copy)
+    # The first call of the process compiles; the same op at other lengths must not.
+    for label, make_fn in (('fwd', forward_of), ('fwd+bwd', both_of)):
+        row = {}
+        for T in (196, 192, 4096):
+            fn = make_fn(floor_inputs((2, T, 6, 32, 64), sets=1), 0.1)[0]
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            fn()
+            torch.cuda.synchronize()
+            row[f'T{T}_s'] = time.perf_counter() - start
+        say(what='first call', op=label, **row)
     for name, shape in FLOORS.items():
         B, T, H, K, V = shape
         scale = K**-0.5 / 2
@@ -303,7 +314,7 @@ def timings(say):
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument('parts', nargs='*', default=['check', 'time'])
+    parser.add_argument('parts', nargs='*', default=['time', 'check'])
     parser.add_argument('--out')
     parser.add_argument('--shard', default='0/1')
     parser.add_argument('--dtypes', default='float32,float16,bfloat16')
@@ -317,7 +328,7 @@ def main():
     say(what='device', name=torch.cuda.get_device_name(), torch=torch.__version__, triton=triton.__version__,
         cuda=torch.version.cuda)  # fmt: skip
     bad = 0
-    for part in args.parts or ['check', 'time']:
+    for part in args.parts or ['time', 'check']:
         start = time.time()
         if part == 'check':
             i, n = map(int, args.shard.split('/'))

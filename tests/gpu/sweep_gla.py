@@ -11,11 +11,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from check_gla import FLOORS, floor_inputs, graphed, reference, rms, run
 from zoo.kernels._triton import gla
 
-# backward, chunk, (warps, stages[, register cap]) of the states, the same of the chunks; backward: group, ahead, sums
+# backward, chunk, (warps, stages[, register cap]) of the states, the same of the chunks; group, ahead, sums
 VARIANTS = [
-    (True, 32, (4, 3, 96), (4, 2), 4, 2, 'tf32'), (True, 32, (4, 3, 112), (4, 2), 3, 2, 'tf32'),
-    (True, 32, (4, 2, 96), (4, 2), 7, 2, 'tf32'), (True, 32, (4, 4, 96), (4, 2), 2, 2, 'tf32'),
-    (False, 64, (4, 2), (4, 3)), (False, 64, (4, 2, 96), (4, 3)), (False, 64, (4, 3, 128), (4, 3)),
+    (False, 64, (4, 3), (4, 2)), (False, 64, (4, 3), (4, 3)), (False, 64, (4, 3), (4, 4)), (False, 32, (4, 3), (4, 3)),
+    (False, 64, (4, 2), (4, 3)), (False, 64, (4, 3), (4, 3, 168)),
+    (True, 32, (4, 3), (4, 2), 1, 1, 'tf32'), (True, 32, (4, 3, 112), (4, 2), 3, 2, 'tf32'),
+    (True, 32, (4, 3, 96), (4, 2), 4, 2, 'tf32'), (True, 32, (4, 3, 112), (4, 2), 3, 2, 'bf16'),
+    (True, 32, (4, 3), (8, 2), 1, 1, 'tf32'), (True, 16, (4, 4), (2, 2), 7, 2, 'bf16'),
 ]  # fmt: skip
 PLAIN = gla.config
 
@@ -67,8 +69,9 @@ def profile(fns):
         if 'gla' in e.name:
             out.setdefault(e.name, []).append(e.device_time_total)
     # A kernel launched in two forms: fast, then safe.
-    return {n[4:]: [round(sorted(t[i::c])[len(t) // c // 2], 1) for i in range(c)]
-            for n, t in out.items() for c in (len(t) // (3 * len(fns)),)}  # fmt: skip
+    forms = {n: len(t) // (3 * len(fns)) for n, t in out.items()}
+    return {n[4:]: [round(sorted(t[i :: forms[n]])[len(t) // forms[n] // 2], 1) for i in range(forms[n])]
+            for n, t in out.items()}  # fmt: skip
 
 
 def timing(indices):
