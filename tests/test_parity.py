@@ -172,3 +172,57 @@ def test_default_scale_of_the_directions(name):
     for (mixer, _), (other_mixer, _) in zip(model.token_mixers(), other.token_mixers(), strict=True):
         assert model.get_submodule(mixer).merge_scale == (0.25 if name in PLAIN else 0.5)
         assert other.get_submodule(other_mixer).merge_scale == (0.5 if name in PLAIN else 0.25)
+
+
+def mixer_in_fp64(mixer, u, merge_scale):
+    """The paper's formulas term by term on (B, h, w, C), attention-like: every pair of tokens, no recurrence."""
+    batch, height, width, dim = u.shape
+    heads, length = mixer.num_heads, height * width
+    p = {k: v.double() for k, v in mixer.state_dict().items()}
+    x = torch.nn.functional.conv2d(u.permute(0, 3, 1, 2), p['in_proj.0.weight'], padding=1, groups=dim)
+    x = x.flatten(2).transpose(1, 2)
+    x = torch.nn.functional.silu(x) if mixer.conv_act else x
+
+    def split(t):
+        return t.reshape(batch, length, heads, -1).transpose(1, 2)
+
+    q, k, v = (split(t) for t in (x @ p['qkv_proj.weight'].T).split((dim // 2, dim // 2, dim), -1))
+    z = x @ p['gk_proj.0.weight'].T @ p['gk_proj.1.weight'].T + p['gk_proj.1.bias']
+    g_fwd, g_bwd = (split(t.sigmoid().log() / 16) for t in z.chunk(2, -1))
+    c_fwd, c_bwd = g_fwd.cumsum(2), g_bwd.cumsum(2)
+    i, j = torch.meshgrid(torch.arange(length), torch.arange(length), indexing='ij')
+    # Forward: gates of j + 1 .. i; backward: gates of i .. j - 1. The token itself is in both directions.
+    forward = (c_fwd[:, :, :, None] - c_fwd[:, :, None]).exp()
+    before = c_bwd - g_bwd
+    backward = (before[:, :, None] - before[:, :, :, None]).exp()
+    decay = forward * (j <= i)[..., None] + backward * (j >= i)[..., None]
+    scores = torch.einsum('bhik,bhijk,bhjk->bhij', q * q.shape[-1] ** -0.5, decay, k)
+    o = (scores @ v) * merge_scale
+
+    def rms(t, weight):
+        return t / (t.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+
+    s = split((x @ p['g_proj.weight'].T + p['g_proj.bias']).sigmoid())
+    y = s * rms(o, p['g_norm.weight']) + (1 - s) * rms(split(x), p['l_norm.weight'])
+    y = y.transpose(1, 2).reshape(batch, length, dim)
+    y = torch.nn.functional.silu(y) if mixer.out_act else y
+    return (y @ p['o_proj.weight'].T).reshape(u.shape)
+
+
+@pytest.mark.parametrize('merge_scale', [0.25, 0.5])
+@pytest.mark.parametrize('name', ['test_vig', 'test_vig_hier'])
+def test_mixer_against_its_formulas(name, merge_scale):
+    """With a scan output near sqrt(eps), where the factor on the directions shows; the recorded cases are too large."""
+    model = timm.create_model(name, merge_scale=merge_scale).eval()
+    mixer = model.get_submodule(model.token_mixers()[0][0])
+    with torch.no_grad():
+        for p in mixer.parameters():
+            p.copy_(torch.randn_like(p) * (0.15 if p.ndim > 1 else 0.5))
+        mixer.g_norm.weight.fill_(1.0)
+        u = torch.randn(2, 5, 7, mixer.qkv_proj.in_features)
+        expected = mixer_in_fp64(mixer, u.double(), merge_scale)
+        other = mixer_in_fp64(mixer, u.double(), 0.75 - merge_scale)
+        actual = mixer(u).double()
+    scale = expected.abs().max()
+    assert (actual - expected).abs().max() < 1e-5 * scale
+    assert (other - expected).abs().max() > 1e-3 * scale, 'the case does not see the factor'
