@@ -383,6 +383,12 @@ def test_accumulation_counts_optimizer_steps(here):
     assert saved['optimizer_states'][0]['param_groups'][0]['lr'] == pytest.approx(0.1 * 64 / 512)
 
 
+def test_max_steps_without_max_epochs(here):
+    arguments = [a for a in TINY if 'max_epochs' not in a]
+    assert main([*arguments, '--trainer.max_steps=6', '--run.test_after_fit=false']) == 0
+    assert read_checkpoint(here / 'runs' / 'run' / 'checkpoints' / 'last.ckpt')['global_step'] == 6
+
+
 def test_bf16_and_channels_last(here):
     assert main([*TINY, '--trainer.precision=bf16-mixed', '--model.channels_last=true', '--model.loss=bce']) == 0
 

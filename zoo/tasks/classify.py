@@ -190,6 +190,7 @@ class Classify(LightningModule):
         trainer = self.trainer
         accumulate = trainer.accumulate_grad_batches
         total_batch = trainer.datamodule.batch_size * trainer.world_size * accumulate
+        trainer.fit_loop.setup_data()  # the length of an epoch is unknown before
         total_steps = trainer.estimated_stepping_batches
         if math.isinf(total_steps):
             raise ZooError('the length of the run is unknown: set trainer.max_steps or trainer.max_epochs')
@@ -264,7 +265,9 @@ class Classify(LightningModule):
 
     def _log_metrics(self, metrics: MetricCollection) -> None:
         values = metrics.compute()
-        self.log_dict({k: v for k, v in values.items() if v.ndim == 0}, prog_bar=True, sync_dist=False)
+        for name, value in values.items():
+            if value.ndim == 0:
+                self.log(name, value, prog_bar=name == 'val/top1')
         metrics.reset()
 
     def _diverged(self, images: torch.Tensor, batch: dict[str, Any], batch_idx: int) -> RunError:
