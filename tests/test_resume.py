@@ -135,9 +135,13 @@ def whole(shards, tmp_path_factory):
     return states
 
 
-@pytest.mark.parametrize(('kind', 'step'), [('digits', 11), ('shards', 10)])
-def test_kill_9_in_mid_epoch(kind, step, shards, whole, tmp_path):
-    args = arguments(kind, shards, 'run', tmp_path)
+@pytest.mark.parametrize(
+    ('kind', 'step', 'more'),
+    [('digits', 11, []), ('shards', 10, []), ('digits', 10, ['--trainer.max_epochs=-1', '--trainer.max_steps=21'])],
+    ids=['digits', 'shards', 'max_steps'],
+)
+def test_kill_9_in_mid_epoch(kind, step, more, shards, whole, tmp_path):
+    args = [*arguments(kind, shards, 'run', tmp_path), *more]
     killed = interrupted(args, 'SIGKILL', step)
     assert killed.returncode == -9, killed.stderr
     saved = read_checkpoint(tmp_path / 'run' / 'checkpoints' / 'last.ckpt')
