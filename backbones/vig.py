@@ -94,11 +94,12 @@ class ViGMixer(nn.Module):
         def heads(t: Tensor) -> Tensor:
             return t.unflatten(-1, (self.num_heads, -1))
 
-        q, k, v = map(heads, self.qkv_proj(tokens).split((dim // 2, dim // 2, dim), -1))
+        q, k, v = self.qkv_proj(tokens).split((dim // 2, dim // 2, dim), -1)
+        q, k, v = heads(q), heads(k), heads(v)
         log_gates = F.logsigmoid(self.gk_proj(tokens)) / GATE_LOGIT_NORMALIZER
-        g_fwd, g_bwd = map(heads, log_gates.chunk(2, -1))
+        g_fwd, g_bwd = log_gates.chunk(2, -1)
         scale = (dim // 2 // self.num_heads) ** -0.5 * self.merge_scale
-        o = bidirectional_gla(q, k, v, g_fwd, g_bwd, scale=scale, merge='sum')
+        o = bidirectional_gla(q, k, v, heads(g_fwd), heads(g_bwd), scale=scale, merge='sum')
         gate = heads(self.g_proj(tokens).sigmoid())
         y = gated_local_mix(o, heads(tokens), gate, self.g_norm.weight, self.l_norm.weight, self.g_norm.eps)
         y = y.flatten(-2)
@@ -299,7 +300,8 @@ class ViG(TokenMixin, nn.Module):
 
     def embed(self, x: Tensor) -> Tensor:
         """Images (B, 3, H, W) to embedded tokens (B, h, w, C)."""
-        return add_pos_embed(self.patch_embed(x), self.pos_embed, self.grid_size)
+        x = self.patch_embed(x)
+        return add_pos_embed(x, self.pos_embed, self.grid_size)
 
 
 class HierBlock(nn.Module):

@@ -116,4 +116,6 @@ def explain(family: str, device: str) -> str:
         return f"{_forced}: forced by kernel_backend('{_forced}')"
     probe = torch.empty(0, device=device)
     reason = _why_not_triton(family, (probe,), None)
+    if reason is None and not probe.is_cuda:
+        reason = f"{device} tensors; Triton's interpreter runs only when forced"
     return f'torch: {reason}' if reason else 'triton: GPU tensors and triton is installed'

@@ -120,7 +120,10 @@ def _write_onnx(model: nn.Module, path: Path, shape: Shape, opset: int | None):
         import onnxscript  # noqa: F401  torch's exporter needs it
     except ImportError as error:
         raise ZooError(f'{error.name} is missing. Type: pip install "linear-zoo[export]"') from error
-    program = torch.onnx.export(_trace(model, shape), (), dynamo=True, opset_version=opset, verbose=False)
+    # Unoptimised: torch's graph rewriting takes time with the square of the nodes, and runtimes do it anyway.
+    program = torch.onnx.export(
+        _trace(model, shape), (), dynamo=True, optimize=False, opset_version=opset, verbose=False
+    )
     program.save(str(path), external_data=False)
     session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
     name = session.get_inputs()[0].name
