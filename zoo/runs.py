@@ -379,6 +379,9 @@ class ZooCLI(LightningCLI):
 
     def fit(self, model: LightningModule, **kwargs: Any) -> None:
         say(describe_run(model, self.run_dir, self.checkpoint))
+        # with max_steps Lightning resumes a checkpoint from the end of an epoch as if that epoch were still running,
+        # and miscounts epochs from there on; the rule that it uses without max_steps is right in both cases
+        self.trainer.fit_loop._iteration_based_training = lambda: False
         try:
             self.trainer.fit(model, weights_only=True, **kwargs)
         except SIGTERMException:
