@@ -25,6 +25,7 @@ LIMIT = -100.0  # log 2 of the smallest gate product inside a chunk that the fas
 
 _plans: dict[tuple, Plan] = {}
 _compiled: dict[tuple, object] = {}
+_codes: dict[tuple, int] = {}
 
 
 class Config(NamedTuple):
@@ -142,7 +143,8 @@ class Plan:
         self.consts = consts
         self.scan_consts = consts | {'BV': 16, 'VP': vp}
         # What decides the compiled code: a kernel's constants, the types and the alignment of what it is given.
-        self.code = (*consts.values(), q.dtype, None if g is None else g.dtype, self.state_dtype)
+        code = (*consts.values(), q.dtype, None if g is None else g.dtype, self.state_dtype, q.device)
+        self.codes = {aligned: _codes.setdefault((*code, aligned), len(_codes)) for aligned in (True, False)}
         self.grid_states = (self.n_segs * H * kinds, cfg.nv, 1)
         self.grid_scan = (N * H * kinds, vp // 16, 1)
         self.grid_chunks = (self.n_chunks * H, cfg.nv, 1)
@@ -177,7 +179,9 @@ def _launch(kernel, code: tuple, grid: tuple, args: list, consts: dict, options:
         elif run:
             _compiled[code] = kernel[grid](*args, **used, **options), tuple(used.values())
         else:
-            _compiled[code] = kernel.warmup(*args, grid=grid, **used, **options), tuple(used.values())
+            compiled = kernel.warmup(*args, grid=grid, **used, **options)
+            compiled[grid]  # loads it and builds its launcher
+            _compiled[code] = compiled, tuple(used.values())
     elif run:
         compiled, values = found
         compiled[grid](*args, *values)
@@ -202,7 +206,7 @@ class _Run:
         self.ints = [*plan.ints, float(scale), *plan.sizes]
         ends = q.data_ptr() | k.data_ptr() | v.data_ptr() | self.do.data_ptr() | self.gf.data_ptr() | self.gb.data_ptr()
         ends |= self.init.data_ptr() | self.dinit.data_ptr()
-        self.code = (*plan.code, device, ends % 16 == 0)
+        self.code = plan.codes[ends % 16 == 0]
 
         self.states = torch.empty(plan.state_shape, dtype=plan.state_dtype, device=device)
         self.totals = self.prefix = self.seg_state = self.seg_total = q
@@ -227,13 +231,13 @@ class _Run:
         plan, q = self.plan, self.q
         final = q if final is None else final
         # What only longer sequences run is compiled now, so that a later call with another T compiles nothing.
-        code = ('states', *self.code)
+        code = ('states', self.code)
         if plan.several or not plan.sweep or code not in _compiled:
             args = [q, self.k, self.v, self.do, self.gf, self.gb, self.states, self.totals, self.prefix,
                     self.seg_state, self.seg_total, self.init, self.dinit, final, self.segs, *self.ints]  # fmt: skip
             _launch(gla_kernel_states, code, plan.grid_states, args, plan.consts, plan.cfg.states,
                     plan.several or not plan.sweep)  # fmt: skip
-        code = ('scan', *self.code)
+        code = ('scan', self.code)
         if plan.several or code not in _compiled:
             args = [self.seg_state, self.seg_total, self.init, self.dinit, final, self.spans, plan.sizes[3],
                     plan.n_segs]  # fmt: skip
@@ -244,7 +248,7 @@ class _Run:
         plan = self.plan
         args = [*tensors, *self.ints]
         for safe in plan.forms:
-            code = (name, safe, *self.code)
+            code = (name, safe, self.code)
             group = SAFE_GROUP if safe else plan.cfg.group
             consts = {}
             if interpreting() or code not in _compiled:

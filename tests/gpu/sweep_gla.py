@@ -28,7 +28,9 @@ def use(variant):
 
     def config(dtype, K, V, b, both):
         c = PLAIN(dtype, K, V, b, both)
-        return c._replace(bt=bt, states=gla._options(*states), chunks=gla._options(*chunks), **loop) if b == backward else c
+        if b != backward:
+            return c
+        return c._replace(bt=bt, states=gla._options(*states), chunks=gla._options(*chunks), **loop)
 
     gla.config = config
     gla._plans.clear()
