@@ -29,6 +29,18 @@ def images(tmp_path_factory):
     return folder
 
 
+def parquet(folder, classes):
+    """A Hugging Face data set on disk: two images per class and split."""
+    datasets, rng = pytest.importorskip('datasets'), np.random.default_rng(0)
+    names = [str(number) for number in range(classes)]
+    features = datasets.Features({'img': datasets.Image(), 'label': datasets.ClassLabel(names=names)})
+    for split in ('train', 'test'):
+        images = [Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(2 * classes)]
+        rows = {'img': images, 'label': [i % classes for i in range(2 * classes)]}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f'{split}.parquet')
+    return folder
+
+
 def test_configs_are_found():
     assert {p.stem for p in CONFIGS} >= {'quickstart', 'vig_tiny_patch16_224', 'vig_hier_base_224'}
 
@@ -58,6 +70,10 @@ def test_takes_two_steps(path, images, tmp_path, monkeypatch, capsys):
     if config['data']['class_path'].endswith('ImageFolder'):
         overrides += [f'--data.path={images}', '--data.batch_size=2', '--data.num_workers=0', '--data.view.size=32']
         overrides += ['--model.num_classes=2']
+    if config['data']['class_path'].endswith('HubImages'):
+        classes = config['model']['init_args']['num_classes']
+        overrides += [f'--data.path={parquet(tmp_path / "data", classes)}', f'--data.cache_dir={tmp_path / "cache"}']
+        overrides += ['--data.batch_size=2', '--data.num_workers=0']
     overrides += ['--trainer.enable_checkpointing=false'] if big else []
     assert main(['fit', f'--config={path}', *overrides]) == 0, capsys.readouterr().err
     run = tmp_path / 'runs' / path.stem
