@@ -6,6 +6,7 @@ import copy
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+import timm
 import torch
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
@@ -124,7 +125,7 @@ class UpdateSchedule:
             optimizer,
             sched=schedule.name,
             num_epochs=max(total_steps - (warmup if schedule.warmup_prefix else 0), 1),
-            decay_epochs=max(1, round(decay * steps_per_epoch)) if decay is not None else None,
+            **({} if decay is None else {'decay_epochs': max(1, round(decay * steps_per_epoch))}),
             decay_rate=schedule.decay_rate,
             min_lr=schedule.min_lr * factor,
             warmup_lr=schedule.warmup_lr * factor,
@@ -133,6 +134,10 @@ class UpdateSchedule:
             step_on_epochs=False,
             updates_per_epoch=1,
         )
+        if self.timm is None:
+            raise ZooError(
+                f'this timm ({timm.__version__}) has no schedule {schedule.name!r}. Type: pip install -U timm'
+            )
         self._groups = [{k: copy.deepcopy(v) for k, v in g.items() if k != 'params'} for g in optimizer.param_groups]
 
     def apply(self, step: int) -> None:
