@@ -290,6 +290,7 @@ def gated_linear_attention(
             raise ValueError(
                 f'gated_linear_attention: initial_state must be {expected}, got {tuple(initial_state.shape)}'
             )
+        initial_state = initial_state.to(_state_dtype(q))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if _dispatch.forced() == 'naive':
         return naive_gla(

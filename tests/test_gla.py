@@ -295,3 +295,11 @@ def test_default_scale_and_merge():
     q, k, v, g, b = make_inputs(1, 12, 1, 16, 8)
     total = bidirectional_gla(q, k, v, g, b, scale=1.0, merge='sum')
     torch.testing.assert_close(bidirectional_gla(q, k, v, g, b), total / (2 * math.sqrt(16)))
+
+
+def test_states_in_half_precision_are_taken_as_fp32():
+    q, k, v, g, _ = make_inputs(1, 20, 1, 8, 8, dtype=torch.bfloat16)
+    state = torch.randn(1, 1, 8, 8, dtype=torch.bfloat16, requires_grad=True)
+    o, final = gated_linear_attention(q, k, v, g, initial_state=state, output_final_state=True)
+    (o.float().sum() + final.sum()).backward()
+    assert final.dtype == torch.float32 and state.grad.dtype == torch.bfloat16

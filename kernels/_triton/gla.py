@@ -7,6 +7,7 @@ Nothing depends on values on the host, and nothing is tuned at run time: `config
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -267,6 +268,20 @@ def _nothing(device: torch.device) -> torch.Tensor:
     return _empty[device]
 
 
+def _on_device_of_first(function):
+    """Triton launches on the current device, which need not be that of the tensors."""
+
+    @functools.wraps(function)
+    def wrapped(q, *args):
+        if not q.is_cuda or q.device.index == torch.cuda.current_device():
+            return function(q, *args)
+        with torch.cuda.device(q.device):
+            return function(q, *args)
+
+    return wrapped
+
+
+@_on_device_of_first
 def _forward(q, k, v, gf, gb, scale, init, output_final_state, cu_seqlens, dirs):
     run = _Run(q, k, v, gf, gb, scale, init, cu_seqlens, dirs, output_final_state)
     plan = run.plan
@@ -285,6 +300,7 @@ def _forward(q, k, v, gf, gb, scale, init, output_final_state, cu_seqlens, dirs)
     return o, final
 
 
+@_on_device_of_first
 def _backward(q, k, v, gf, gb, scale, init, do, dfinal, cu_seqlens, dirs):
     run = _Run(q, k, v, gf, gb, scale, init, cu_seqlens, dirs, init is not None, do, dfinal)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
