@@ -39,8 +39,8 @@ def _few(items: Sequence[str], limit: int = 6) -> str:
     return ', '.join(items[:limit]) + more
 
 
-class _LoadMixin:
-    """`load_state_dict` whose error names a handful of keys and shapes, not all of them."""
+class _CommonMixin:
+    """What tokens and pyramids share; loading errors name a handful of keys and shapes, not all of them."""
 
     def load_state_dict(self, state_dict: Mapping, strict: bool = True, assign: bool = False):
         """Load weights.
@@ -71,24 +71,28 @@ class _LoadMixin:
         return state_dict
 
     @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, 3, H, W) to logits (B, num_classes)."""
+        return self.forward_head(self.forward_features(x))
+
+    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         return set()
 
 
-class TokenMixin(_LoadMixin):
+class TokenMixin(_CommonMixin):
     """Interface of models that keep one token grid.
 
-    Needs `blocks`, `norm`, `head`, `global_pool`, `embed_dim`, `num_classes` and two hooks: `embed(x)`, image to tokens
-    on their grid (B, h, w, C), and `run_blocks` is given here.
+    Needs `blocks`, `norm`, `head`, `head_drop`, `global_pool`, `num_features`, `num_classes` and the hook `embed(x)`:
+    images to tokens on their grid (B, h, w, C).
     """
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
         return dict(stem=r'^pos_embed|^patch_embed', blocks=[(r'^blocks\.(\d+)', None), (r'^norm', (99999,))])
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.grad_checkpointing = enable
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -162,15 +166,12 @@ class TokenMixin(_LoadMixin):
         x = self.head_drop(x)
         return x if pre_logits else self.head(x)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
 
-
-class PyramidMixin(_LoadMixin):
+class PyramidMixin(_CommonMixin):
     """Interface of models with stages of falling resolution, channels last inside.
 
     Needs `patch_embed` (NCHW image to NHWC map), `layers` (stages with `blocks` and `downsample`, None in the last),
-    `classifier` (with `norm` and `head`), `global_pool` and `num_classes`.
+    `classifier` (with `norm` and `head`), `head_drop`, `global_pool`, `num_features` and `num_classes`.
     """
 
     @torch.jit.ignore
@@ -185,10 +186,6 @@ class PyramidMixin(_LoadMixin):
                 (r'^classifier\.norm', (99999,)),
             ],
         )
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.grad_checkpointing = enable
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -273,9 +270,6 @@ class PyramidMixin(_LoadMixin):
             return self.classifier.head(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         x = self.head_drop(x)
         return x if pre_logits else self.classifier.head(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
 
 
 def _check_pool(global_pool: str) -> None:

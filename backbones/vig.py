@@ -112,8 +112,14 @@ def _swiglu_width(dim: int, multiple: int) -> int:
     return math.ceil(int(dim * 4 * 2 / 3) / multiple) * multiple
 
 
+def swiglu(x: Tensor, w_in: nn.Module, w_out: nn.Module) -> Tensor:
+    """(SiLU(a) * b) W_out with [a | b] = x W_in."""
+    a, b = w_in(x).chunk(2, -1)
+    return w_out(F.silu(a) * b)
+
+
 class SwiGLU(nn.Module):
-    """(SiLU(a) * b) W_out with [a | b] = x W_in, under plain ViG's key names."""
+    """`swiglu` under plain ViG's key names."""
 
     def __init__(self, dim: int, hidden: int, device=None, dtype=None):
         super().__init__()
@@ -121,12 +127,11 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(hidden, dim, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        a, b = self.gate_proj(x).chunk(2, -1)
-        return self.down_proj(F.silu(a) * b)
+        return swiglu(x, self.gate_proj, self.down_proj)
 
 
 class HierSwiGLU(nn.Module):
-    """`SwiGLU` under ViG-H's key names."""
+    """`swiglu` under ViG-H's key names."""
 
     def __init__(self, dim: int, hidden: int, device=None, dtype=None):
         super().__init__()
@@ -134,8 +139,7 @@ class HierSwiGLU(nn.Module):
         self.fc2 = nn.Linear(hidden, dim, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        a, b = self.fc1(x).chunk(2, -1)
-        return self.fc2(F.silu(a) * b)
+        return swiglu(x, self.fc1, self.fc2)
 
 
 class ChannelsLast(nn.Module):
