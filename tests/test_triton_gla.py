@@ -15,10 +15,9 @@ pytest.importorskip('triton')
 INTERPRETING = os.environ.get('TRITON_INTERPRET') == '1'
 
 
+@pytest.mark.skipif(INTERPRETING, reason='the interpreter is on: the cases below run in this process')
 def test_in_interpreter():
     """Runs this file again with the interpreter on: the variable must be set before Triton is imported."""
-    if INTERPRETING:
-        pytest.skip('this is the inner run')
     env = dict(os.environ, TRITON_INTERPRET='1', OMP_NUM_THREADS='1')
     run = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider', __file__], env=env,
                          capture_output=True, text=True)  # fmt: skip

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')]
 pytest.importorskip('triton')
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -14,8 +14,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16', 'float32'])
 @pytest.mark.parametrize('case', range(24))
 def test_case(case, dtype):
-    if not torch.cuda.is_available():
-        pytest.skip('no CUDA device')
     from check_gla import CASES, check
 
     assert check(lambda **row: None, [CASES[case]], [getattr(torch, dtype)]) == 0
