@@ -4,16 +4,16 @@
     z[b, h, w, c] = bias[c] + sum_{i, j < k} weight[c, 0, i, j] u[b, h + i - p, w + j - p, c]      p = (k - 1) / 2
     y = activation(z) (+ u with `residual`)
 
-Stride 1, k odd, zeros outside the map (the zeros surround u), so y has the shape of x. The layout is that of tokens on a
-grid; `DepthwiseConv2d` gives it to models whose maps are (B, C, H, W) in channels-last memory. Uses: the local mixing of
-ViG (arXiv 2405.18425), position encoding, LePE and feed-forward network of RAVLT (arXiv 2411.07635), the depthwise
+Stride 1, k odd, zeros outside the map (the zeros surround u), so y has the shape of x. The layout is that of tokens on
+a grid; `DepthwiseConv2d` gives it to models whose maps are (B, C, H, W) in channels-last memory. Uses: the local mixing
+of ViG (arXiv 2405.18425), position encoding, LePE and feed-forward network of RAVLT (arXiv 2411.07635), the depthwise
 convolutions of MobileMamba (arXiv 2411.15941).
 
 PyTorch has this convolution, so the torch path is plain `F.conv2d` with autograd and the compiler's fusion; the Triton
 kernels are two custom ops, forward and backward. Sums run in fp32 there, and the weight is read in its own dtype.
 
-FLOP convention: two per multiply-add, k^2 of them per output; the backward pass (input and weight gradients) twice that,
-and k^2 more where an activation makes it recompute z.
+FLOP convention: two per multiply-add, k^2 of them per output; the backward pass (input and weight gradients) twice
+that, and half as much again where an activation makes it recompute z.
 """
 
 from __future__ import annotations
