@@ -32,13 +32,13 @@ SIZES = ['xb', 'xh', 'xw', 'gb', 'gh', 'gw', 'H', 'W', 'CU', 'groups', 'GW', 'R'
 
 
 @triton.jit
-def normal_cdf(x):
-    """The standard normal distribution function and its density, to 1e-7 (Abramowitz and Stegun, 7.1.26)."""
-    density = tl.exp2(x * x * (-0.5 * LOG2E)) * 0.3989422804014327
-    t = 1.0 / (1.0 + 0.23164189 * tl.abs(x))
-    s = t * (0.31938153 + t * (-0.356563782 + t * (1.781477937 + t * (-1.821255978 + t * 1.330274429))))
-    tail = density * s
-    return tl.where(x >= 0, 1.0 - tail, tail), density
+def normal_tail(x):
+    """P(X > |x|) of a standard normal X and its density at x, to 1e-7 (Abramowitz and Stegun, 26.2.17)."""
+    e = tl.exp2(x * x * (-0.5 * LOG2E))
+    d = 0.2316419 * tl.abs(x) + 1.0
+    t = tl.math.rsqrt(d * d)  # 1 / d, in fewer instructions than a division
+    s = 0.127414796 + t * (-0.142248368 + t * (0.710706871 + t * (-0.726576014 + t * 0.530702714)))
+    return s * t * e, e * 0.3989422804014327
 
 
 @triton.jit
@@ -48,8 +48,8 @@ def activate(z, ACT: tl.constexpr):
     elif ACT == 'silu':
         return z * tl.sigmoid(z)
     elif ACT == 'gelu':
-        cdf, _ = normal_cdf(z)
-        return z * cdf
+        tail, _ = normal_tail(z)
+        return tl.maximum(z, 0.0) - tl.abs(z) * tail
     else:
         return z
 
@@ -62,8 +62,8 @@ def derivative(z, ACT: tl.constexpr):
         s = tl.sigmoid(z)
         return s * (1.0 + z * (1.0 - s))
     else:
-        cdf, density = normal_cdf(z)
-        return cdf + z * density
+        tail, density = normal_tail(z)
+        return tl.where(z >= 0, 1.0 - tail, tail) + z * density
 
 
 @triton.jit
@@ -73,6 +73,15 @@ def load_row(ptr, w, step, W, ok, N: tl.constexpr):
     for n in tl.static_range(N):
         tiles = tiles + (tl.load(ptr + n * step, mask=ok & (w + n >= 0) & (w + n < W), other=0.0),)
     return tiles
+
+
+@triton.jit
+def drop(tiles, START: tl.constexpr, N: tl.constexpr):
+    """N tiles from the one at START on."""
+    out = ()
+    for n in tl.static_range(N):
+        out = out + (tiles[START + n],)
+    return out
 
 
 @triton.jit
@@ -132,16 +141,16 @@ def depthwise_kernel_out(
     source = x + (b * xb + (w0 - P) * xw) * A + c
     target = out + (b * H * W + w0) * C + c
     ahead = ()
-    for d in tl.static_range(D):
-        row = load_row(source + (first + d) * xh, w0 - P, xw * A, W, ok & (first + d < last), N)
-        ahead = ahead + row
+    for early in tl.static_range(D):
+        r = first + early
+        ahead = ahead + load_row(source + r * xh, w0 - P, xw * A, W, ok & (r < last), N)
     z = ()
     for _ in tl.static_range(M * K):
         z = z + (offset,)
     # z holds the sums of the K output rows that the row at hand reaches, the one that it completes first.
     for h in range(first, end + P):
-        row = load_row(source + (h + D) * xh, w0 - P, xw * A, W, ok & (h + D < last), N)
-        ahead = ahead + row
+        r = h + D
+        ahead = ahead + load_row(source + r * xh, w0 - P, xw * A, W, ok & (r < last), N)
         u = activate_row(ahead, N, PRE)
         sums = ()
         for d in tl.static_range(K):
@@ -163,21 +172,16 @@ def depthwise_kernel_out(
                     skip = tl.load(source + (P + m) * xw * A + r * xh, mask=inside, other=0.0).to(tl.float32)
                     y += activate(skip, PRE)
             tl.store(target + (r.to(tl.int64) * W + m) * C, y.to(out.dtype.element_ty), mask=inside)
-        z = ()
-        for n in tl.static_range(M * (K - 1)):
-            z = z + (sums[M + n],)
+        z = drop(sums, M, M * (K - 1))
         for _ in tl.static_range(M):
             z = z + (offset,)
-        rest = ()
-        for n in tl.static_range(N * D):
-            rest = rest + (ahead[N + n],)
-        ahead = rest
+        ahead = drop(ahead, N, N * D)
 
 
 @triton.jit(do_not_specialize=[*SIZES, 'eb', 'eh', 'ew', 'tiles', 'share'])
 def depthwise_kernel_gradients(
     x, weight, g, dy, dx, shares, xb, xh, xw, gb, gh, gw, eb, eh, ew, H, W, CU, groups, GW, R, RB, CB, tiles, share,
-    K: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, A: tl.constexpr,
+    K: tl.constexpr, M: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, A: tl.constexpr,
     WHOLE: tl.constexpr, PRE: tl.constexpr, FOLD: tl.constexpr, SKIP: tl.constexpr,
 ):  # fmt: skip
     """dx, and one program's part (K * K + 1, BC) of the gradients of weight and bias, over `share` tiles.
@@ -214,22 +218,27 @@ def depthwise_kernel_gradients(
         source = x + (b * xb + w0 * xw) * A + c
         gradient = g + (b * gb + (w0 - P) * gw) * A + c
         target = dx + (b * H * W + w0) * C + c
-        ahead = load_row(gradient + first * gh, w0 - P, gw * A, W, ok, N)
+        ahead = ()
+        fresh = ()
+        for early in tl.static_range(D):
+            r = first + early
+            ahead = ahead + load_row(gradient + r * gh, w0 - P, gw * A, W, ok & (r < last), N)
+            fresh = fresh + load_row(source + (r + P) * xh, w0, xw * A, W, ok & (r + P < end), M)
         # u and du: K rows each that the row of g at hand reaches, the one that it completes first.
         u = ()
         for i in tl.static_range(K - 1):
             r = first - P + i
             raw = load_row(source + r * xh, w0, xw * A, W, ok & (r >= h0) & (r < end), M)
             u = u + activate_row(raw, M, PRE)
-        fresh = load_row(source + (first + P) * xh, w0, xw * A, W, ok & (first + P < end), M)
         du = ()
         for _ in tl.static_range(K * M):
             du = du + (zero,)
         for h in range(first, end + P):
-            row = load_row(gradient + (h + 1) * gh, w0 - P, gw * A, W, ok & (h + 1 < last), N)
-            u = u + activate_row(fresh, M, PRE)
-            fresh = load_row(source + (h + 1 + P) * xh, w0, xw * A, W, ok & (h + 1 + P < end), M)
+            r = h + D
+            ahead = ahead + load_row(gradient + r * gh, w0 - P, gw * A, W, ok & (r < last), N)
+            fresh = fresh + load_row(source + (r + P) * xh, w0, xw * A, W, ok & (r + P < end), M)
             v = activate_row(ahead, N, None)
+            u = u + activate_row(fresh, M, PRE)
             sums = ()
             new = ()
             for i in tl.static_range(K):
@@ -258,15 +267,12 @@ def depthwise_kernel_gradients(
                     at = source + m * xw * A + r * xh
                     d *= derivative(tl.load(at, mask=inside, other=0.0).to(tl.float32), PRE)
                 tl.store(target + (r.to(tl.int64) * W + m) * C, d.to(dx.dtype.element_ty), mask=inside)
-            du = ()
-            rest = ()
-            for i in tl.static_range(M * (K - 1)):
-                du = du + (sums[M + i],)
-                rest = rest + (u[M + i],)
+            du = drop(sums, M, M * (K - 1))
             for _ in tl.static_range(M):
                 du = du + (zero,)
-            u = rest
-            ahead = row
+            u = drop(u, M, M * (K - 1))
+            ahead = drop(ahead, N, N * D)
+            fresh = drop(fresh, M, M * D)
 
     to = shares + program.to(tl.int64) * (K * K + 1) * CB * BC + (pid % CB) * BC + tl.arange(0, BC)
     for i in tl.static_range(K * K):
@@ -440,7 +446,7 @@ def depthwise_conv2d_bwd(x, weight, bias, dy, residual, activation, pre_activati
     _launch(
         depthwise_kernel_gradients, (programs * tiles.blocks,), x, taps, g, dy, dx, shares,
         *_strides(x, unit), *_strides(g, unit), *_strides(dy, unit), *tiles.sizes, tiles.count, share,
-        K=K, M=cfg.m, BN=tiles.bn, BC=tiles.bc, A=unit, WHOLE=C % tiles.bc == 0, PRE=pre_activation,
+        K=K, M=cfg.m, D=cfg.ahead, BN=tiles.bn, BC=tiles.bc, A=unit, WHOLE=C % tiles.bc == 0, PRE=pre_activation,
         FOLD=residual and activation is None, SKIP=residual and activation is not None,
     )  # fmt: skip
     _launch(
