@@ -111,11 +111,15 @@ def select(family: str, *tensors: torch.Tensor, unsupported: str | None = None) 
     return 'torch'
 
 
-@torch.compiler.assume_constant_result
 @functools.cache
-def _ready(family: str, device: torch.device, dtype: torch.dtype, forced: str) -> bool:
+def _remembered(family: str, device: torch.device, dtype: torch.dtype, forced: str) -> bool:
     unsupported = None if dtype in TRITON_DTYPES else f'dtype {str(dtype).removeprefix("torch.")}'
     return select(family, torch.empty(0, device=device), unsupported=unsupported) == 'triton'
+
+
+@torch.compiler.assume_constant_result
+def _ready(family: str, device: torch.device, dtype: torch.dtype, forced: str) -> bool:
+    return _remembered(family, device, dtype, forced)  # the compiler looks through a cache, but not into this function
 
 
 def takes_triton(family: str, x: torch.Tensor) -> bool:
