@@ -58,6 +58,7 @@ class Op:
         self._function = None
         if backward is not None:
             self.custom.register_autograd(backward, setup_context=setup)
+
             # The form with a separate `setup_context` method binds its arguments by signature, in Python, at every call.
             def forward_and_setup(ctx, *args):
                 output = forward(*args)

@@ -99,9 +99,7 @@ def _backward(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     path = _dispatch.triton_module('norm')
-    return path.norm_bwd(
-        stream, x, gamma, sample_scale, weight, bias, dy, dstream, eps, center, has_residual, dtype
-    )
+    return path.norm_bwd(stream, x, gamma, sample_scale, weight, bias, dy, dstream, eps, center, has_residual, dtype)
 
 
 def _backward_fake(stream, x, gamma, sample_scale, weight, bias, dy, dstream, eps, center, has_residual, dtype):
