@@ -19,6 +19,7 @@ from timm.layers import DropPath, to_2tuple, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_function
 from torch import Tensor, nn
 from zoo.backbones._features import PyramidMixin, TokenMixin, squeeze_linears, unwrap_checkpoint
+from zoo.kernels import _dispatch
 from zoo.kernels.gla import bidirectional_gla, gated_local_mix
 
 __all__ = ['HierViG', 'ViG', 'ViGMixer']
@@ -195,7 +196,7 @@ def add_pos_embed(x: Tensor, pos_embed: Tensor, grid: tuple[int, int]) -> Tensor
     """Add a position table (1, N, C) of `grid` to a map (B, h, w, C), resampled (bicubic) where the grids differ."""
     table = pos_embed.unflatten(1, grid)
     # Exported programs always resample: a size that is only known at run time cannot choose.
-    if torch.compiler.is_exporting() or tuple(x.shape[1:3]) != tuple(grid):
+    if _dispatch.exporting() or tuple(x.shape[1:3]) != tuple(grid):
         table = F.interpolate(
             table.float().permute(0, 3, 1, 2), size=x.shape[1:3], mode='bicubic', align_corners=False
         ).permute(0, 2, 3, 1)
