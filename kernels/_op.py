@@ -58,7 +58,8 @@ class Op:
         self._function = None
         if backward is not None:
             self.custom.register_autograd(backward, setup_context=setup)
-            # The form with a separate `setup_context` method binds its arguments by signature, in Python, at every call.
+
+            # The form with a separate `setup_context` method binds its arguments by signature at every call: 25 us.
             def forward_and_setup(ctx, *args):
                 output = forward(*args)
                 setup(ctx, args, output)

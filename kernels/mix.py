@@ -145,9 +145,7 @@ def _mix_gradients(ctx, dy):
 
 
 _mix_backward_op = Op('zoo::gated_local_mix_backward', _mix_backward, _mix_backward_fake)
-_mix_op = Op(
-    'zoo::gated_local_mix', _mix_forward, lambda o, *_: o.new_empty(o.shape), _mix_setup, _mix_gradients
-)
+_mix_op = Op('zoo::gated_local_mix', _mix_forward, lambda o, *_: o.new_empty(o.shape), _mix_setup, _mix_gradients)
 
 
 def _gates_flops(passes: int):
@@ -177,7 +175,9 @@ def log_gates(r: Tensor, weight: Tensor, bias: Tensor, normalizer: float = 16.0)
         ValueError: for shapes that do not fit, naming the argument.
     """
     if weight.ndim != 2 or weight.shape[0] % 2 or weight.shape[1] != r.shape[-1]:
-        raise ValueError(f'log_gates: weight must be (2K, {r.shape[-1]}) for r {tuple(r.shape)}, got {tuple(weight.shape)}')
+        raise ValueError(
+            f'log_gates: weight must be (2K, {r.shape[-1]}) for r {tuple(r.shape)}, got {tuple(weight.shape)}'
+        )
     if bias.shape != weight.shape[:1]:
         raise ValueError(f'log_gates: bias must be ({weight.shape[0]},) as weight has rows, got {tuple(bias.shape)}')
     if _dispatch.forced() == 'naive':

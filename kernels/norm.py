@@ -6,9 +6,9 @@ For every row of C channels, in fp32 (fp64 for fp64 input):
     RMSNorm    y = s / sqrt(mean(s^2) + eps) * weight
     LayerNorm  y = (s - mean(s)) / sqrt(var(s) + eps) * weight + bias
 
-`x` (..., C) is the output of a branch, `residual` (..., C) the stream it is added to, gamma (C,) LayerScale's factor per
-channel (arXiv 2103.17239) and sample_scale (B,) stochastic depth's factor per sample (arXiv 1603.09382). RMSNorm is that
-of arXiv 1910.07467. A pre-norm network reads a branch and the stream once and writes the new stream and the next
+`x` (..., C) is the output of a branch, `residual` (..., C) the stream it is added to, gamma (C,) LayerScale's factor
+per channel (arXiv 2103.17239), sample_scale (B,) stochastic depth's factor per sample (arXiv 1603.09382). RMSNorm is
+that of arXiv 1910.07467. A pre-norm network reads a branch and the stream once, and writes the new stream and the next
 branch's input once.
 
 FLOP convention: none are counted, as for PyTorch's own norms.
@@ -99,9 +99,7 @@ def _backward(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     path = _dispatch.triton_module('norm')
-    return path.norm_bwd(
-        stream, x, gamma, sample_scale, weight, bias, dy, dstream, eps, center, has_residual, dtype
-    )
+    return path.norm_bwd(stream, x, gamma, sample_scale, weight, bias, dy, dstream, eps, center, has_residual, dtype)
 
 
 def _backward_fake(stream, x, gamma, sample_scale, weight, bias, dy, dstream, eps, center, has_residual, dtype):

@@ -11,7 +11,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from zoo.kernels._triton._common import (
-    ceil_div, compute_types, launch, load_tile, mm, next_power, programs, store_tile, token_rows,
+    ceil_div,
+    compute_types,
+    launch,
+    load_tile,
+    mm,
+    next_power,
+    programs,
+    store_tile,
+    token_rows,
 )  # fmt: skip
 
 MAX_RANK = 64
@@ -238,7 +246,8 @@ def gates_bwd(r, weight, bias, dg_fwd, dg_bwd, normalizer):
     blocks = 2 * consts['NK']
     count = max(1, min(ceil_div(programs(r.device), blocks), ceil_div(N, _GATE_ROWS)))
     dr, dweight, dbias = (
-        torch.empty(s, dtype=torch.float32, device=r.device) for s in ((blocks, N, R), (count, 2 * K, R), (count, 2 * K))
+        torch.empty(s, dtype=torch.float32, device=r.device)
+        for s in ((blocks, N, R), (count, 2 * K, R), (count, 2 * K))
     )
     launch(gates_bwd_kernel, (count, blocks, 1),
            (r, weight.contiguous(), bias.contiguous(), dg_fwd.contiguous(), dg_bwd.contiguous(), dr, dweight, dbias),
