@@ -10,14 +10,29 @@ from typing import NamedTuple
 
 import torch
 from timm.layers import DropPath
-from timm.models import register_notrace_function
+from timm.models import register_notrace_function, register_notrace_module
 from torch import Tensor, nn
 from zoo.kernels.norm import layer_norm, rms_norm
 
-__all__ = ['LayerNorm', 'Pending', 'RMSNorm', 'add_pending', 'add_then_norm', 'draw_drop_path']
-
-register_notrace_function(layer_norm)
-register_notrace_function(rms_norm)
+__all__ = [
+    'LayerNorm',
+    'LayerNorm2d',
+    'Pending',
+    'PreNormBlock',
+    'RMSNorm',
+    'add_pending',
+    'add_then_norm',
+    'draw_drop_path',
+]
+    'LayerNorm',
+    'LayerNorm2d',
+    'Pending',
+    'PreNormBlock',
+    'RMSNorm',
+    'add_pending',
+    'add_then_norm',
+    'draw_drop_path',
+]
 
 
 class Pending(NamedTuple):
@@ -32,6 +47,7 @@ class Pending(NamedTuple):
     sample_scale: Tensor | None
 
 
+@register_notrace_module
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in fp32; see `zoo.kernels.norm.rms_norm`."""
 
@@ -45,6 +61,7 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps, residual, sample_scale=sample_scale)
 
 
+@register_notrace_module
 class LayerNorm(nn.LayerNorm):
     """LayerNorm over the last dimension, computed in fp32; see `zoo.kernels.norm.layer_norm`.
 
@@ -64,13 +81,25 @@ class LayerNorm(nn.LayerNorm):
         return layer_norm(x, self.weight, self.bias, self.eps, residual, sample_scale=sample_scale, dtype=dtype)
 
 
+@register_notrace_module
+class LayerNorm2d(LayerNorm):
+    """LayerNorm over the channels of an NCHW map."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
 def draw_drop_path(drop_path: nn.Module, branch: Tensor) -> Pending:
     """The branch with this step's factors of stochastic depth, drawn as timm's DropPath draws them."""
     if not isinstance(drop_path, DropPath) or not drop_path.training or not drop_path.drop_prob:
         return Pending(branch, None)
-    keep = 1 - drop_path.drop_prob
+    return Pending(branch, _draw(branch, 1 - drop_path.drop_prob, drop_path.scale_by_keep))
+
+
+@register_notrace_function
+def _draw(branch: Tensor, keep: float, scale_by_keep: bool) -> Tensor:
     scale = branch.new_empty((branch.shape[0], *[1] * (branch.ndim - 1))).bernoulli_(keep)
-    return Pending(branch, scale.div_(keep) if keep and drop_path.scale_by_keep else scale)
+    return scale.div_(keep) if keep and scale_by_keep else scale
 
 
 def add_pending(x: Tensor, pending: Pending | None) -> Tensor:

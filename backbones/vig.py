@@ -19,7 +19,7 @@ from timm.layers import DropPath, to_2tuple, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_function
 from torch import Tensor, nn
 from zoo.backbones._features import PyramidMixin, TokenMixin, squeeze_linears, unwrap_checkpoint
-from zoo.backbones._layers import LayerNorm, PreNormBlock, RMSNorm
+from zoo.backbones._layers import LayerNorm, LayerNorm2d, PreNormBlock, RMSNorm
 from zoo.kernels.depthwise_conv import DepthwiseConv2d, depthwise_conv2d
 from zoo.kernels.gla import bidirectional_gla, gated_local_mix, log_gates
 from zoo.kernels.swiglu import swiglu
@@ -60,7 +60,7 @@ class ViGMixer(nn.Module):
         dd = dict(device=device, dtype=dtype)
         if dim % (2 * num_heads):
             raise ValueError(f'ViGMixer: dim = {dim} must be a multiple of 2 x num_heads = {2 * num_heads}')
-        self.num_heads, self.out_act, self.merge_scale = num_heads, out_act, merge_scale
+        self.num_heads, self.conv_act, self.out_act, self.merge_scale = num_heads, conv_act, out_act, merge_scale
         self.in_proj = nn.Sequential(
             DepthwiseConv2d(dim, bias=False, activation='silu' if conv_act else None, nhwc=True, **dd)
         )
@@ -164,13 +164,6 @@ class ChannelsFirst(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.permute(0, 3, 1, 2)
-
-
-class LayerNorm2d(LayerNorm):
-    """LayerNorm over the channels of an NCHW map."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class ViGPatchEmbed(nn.Module):

@@ -138,9 +138,9 @@ def _backward_flops(x_shape, weight_shape, bias_shape, dy_shape, residual, activ
 
 def _out_dtype(x: Tensor, residual: bool) -> torch.dtype:
     """The result's dtype: that of `F.conv2d` (half precision under autocast), promoted by the skip's."""
-    if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
+    dtype = _dispatch.autocast_dtype(x)
+    if dtype is None or x.dtype == torch.float64:
         return x.dtype
-    dtype = torch.get_autocast_dtype(x.device.type)
     return torch.promote_types(x.dtype, dtype) if residual else dtype
 
 

@@ -161,10 +161,8 @@ def _norm(name, x, residual, gamma, sample_scale, weight, bias, eps, center, dty
     if sample_scale is not None and sample_scale.numel() != x.shape[0]:
         raise ValueError(f'{name}: sample_scale must have {x.shape[0]} elements, got {sample_scale.numel()}')
     if dtype is None:
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        if residual is not None and not torch.is_autocast_enabled(kind):
-            dtype = torch.promote_types(x.dtype, residual.dtype)
+        wider = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+        dtype = wider if wider == torch.float64 else _dispatch.autocast_dtype(x) or wider
     args = (x, residual, gamma, sample_scale, weight, bias, eps, center, dtype)
     if _dispatch.forced() == 'naive':
         y, stream = naive_norm(*args)
