@@ -24,15 +24,6 @@ __all__ = [
     'add_then_norm',
     'draw_drop_path',
 ]
-    'LayerNorm',
-    'LayerNorm2d',
-    'Pending',
-    'PreNormBlock',
-    'RMSNorm',
-    'add_pending',
-    'add_then_norm',
-    'draw_drop_path',
-]
 
 
 class Pending(NamedTuple):

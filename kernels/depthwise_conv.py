@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 from zoo.kernels import _dispatch
+from zoo.kernels._op import Op
 
 __all__ = ['DepthwiseConv2d', 'depthwise_conv2d', 'naive_depthwise_conv2d']
 
@@ -71,8 +72,7 @@ def _torch_depthwise_conv2d(x, weight, bias, residual, activation, pre_activatio
     return y + u if residual else y
 
 
-@torch.library.custom_op('zoo::depthwise_conv2d', mutates_args=())
-def _conv_op(
+def _conv_forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -85,13 +85,11 @@ def _conv_op(
     return module.depthwise_conv2d_fwd(x, weight, bias, residual, activation, pre_activation, out_dtype)
 
 
-@_conv_op.register_fake
-def _(x, weight, bias, residual, activation, pre_activation, out_dtype):
+def _conv_fake(x, weight, bias, residual, activation, pre_activation, out_dtype):
     return x.new_empty(x.shape, dtype=out_dtype)
 
 
-@torch.library.custom_op('zoo::depthwise_conv2d_backward', mutates_args=())
-def _conv_backward_op(
+def _conv_backward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -105,8 +103,7 @@ def _conv_backward_op(
     return dx, dweight, x.new_empty(0) if dbias is None else dbias
 
 
-@_conv_backward_op.register_fake
-def _(x, weight, bias, dy, residual, activation, pre_activation):
+def _conv_backward_fake(x, weight, bias, dy, residual, activation, pre_activation):
     dbias = x.new_empty(0) if bias is None else bias.new_empty(bias.shape)
     return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias
 
@@ -116,14 +113,15 @@ def _conv_setup(ctx, inputs, output):
     ctx.save_for_backward(x, weight, bias)
 
 
-def _conv_backward(ctx, dy):
+def _conv_gradients(ctx, dy):
     x, weight, bias = ctx.saved_tensors
     options = ctx.residual, ctx.activation, ctx.pre_activation
     dx, dweight, dbias = _conv_backward_op(x, weight, bias, dy, *options)
     return dx, dweight, None if bias is None else dbias, None, None, None, None
 
 
-_conv_op.register_autograd(_conv_backward, setup_context=_conv_setup)
+_conv_backward_op = Op('zoo::depthwise_conv2d_backward', _conv_backward, _conv_backward_fake)
+_conv_op = Op('zoo::depthwise_conv2d', _conv_forward, _conv_fake, _conv_setup, _conv_gradients)
 
 
 @register_flop_formula(torch.ops.zoo.depthwise_conv2d)
