@@ -10,7 +10,8 @@ eps is added to the mean-normalised denominator, so a model behaves alike at eve
 `rank_augmented` (RALA), from q, k before their activation, phi(x) = elu(x) + 1, rope the axial rotation of `rope.py`:
 
     w = softmax_j(D ** -0.5 * mean_n(phi(q_n)) . phi(k_j))
-    S = sum_j w_j rope(phi(k_j)) v_j^T        s = sum_j w_j phi(k_j)        r_i = S^T rope(phi(q_i)) / (phi(q_i) . s + eps)
+    S = sum_j w_j rope(phi(k_j)) v_j^T        s = sum_j w_j phi(k_j)
+    r_i = S^T rope(phi(q_i)) / (phi(q_i) . s + eps)
 
 and the output modulation y = (r + lepe) * gate. The denominator and the weights see no rotation. Source: RAVLT, arXiv
 2411.07635; its code carries factors N and N ** -0.5 that cancel.

@@ -1,9 +1,9 @@
 """Axial rotary position embedding of image tokens, interleaved pairs.
 
-For a head of D channels (a multiple of 4) there are m = D / 4 frequencies f_t = 10000 ** (-t / (m - 1)), t = 0..m-1, both
-ends included. The first half of a head turns with the token's row, the second with its column: channels (2j, 2j + 1) are
-a pair that turns by row * f_j for j < m and by column * f_{j-m} for j >= m. Tokens are in row-major order, coordinates
-are whole numbers from 0 at every resolution.
+For a head of D channels (a multiple of 4) there are m = D / 4 frequencies f_t = 10000 ** (-t / (m - 1)), t = 0..m-1,
+both ends included. The first half of a head turns with the token's row, the second with its column: channels
+(2j, 2j + 1) are a pair that turns by row * f_j for j < m and by column * f_{j-m} for j >= m. Tokens are in row-major
+order, coordinates are whole numbers from 0 at every resolution.
 
 Source: RAVLT, arXiv 2411.07635 and its code (an exponent of t / (m - 1), not of t / m). Angles are fp32, as there.
 """
