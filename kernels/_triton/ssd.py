@@ -34,14 +34,15 @@ _codes: dict[tuple, int] = {}
 class Config(NamedTuple):
     """Sizes and launch options of one pass.
 
-    bt: tokens in a chunk; bp, bn: rows of a state block, N padded; np: blocks of P; states, chunks: options of the
-    kernels that find states, and outputs or gradients.
+    bt: tokens in a chunk; bp, bn: rows of a state block, N padded; np: blocks of P; scan: rows in a program of the scan
+    over segments; states, chunks: options of the kernels that find states, and outputs or gradients.
     """
 
     bt: int
     bp: int
     bn: int
     np: int
+    scan: int
     states: dict
     chunks: dict
 
@@ -50,10 +51,12 @@ def config(dtype: torch.dtype, P: int, N: int, backward: bool) -> Config:
     """The fixed table of block sizes; every row has a case in tests/gpu/check_ssd.py."""
     bn = next_power(N)
     bp = min(64 if bn <= 128 else 32, next_power(P))
-    blocks = bp, bn, ceil_div(P, bp)
+    blocks = bp, bn, ceil_div(P, bp), min(16, 1024 // bn)
     if dtype != torch.bfloat16:
         return Config(32 if bn <= 64 else 16, *blocks, _options(4, 2), _options(4, 2))
-    return Config(64, *blocks, _options(4, 3 if bn <= 128 else 2), _options(4, 3 if bn <= 64 else 2))
+    if bn <= 64:
+        return Config(64, *blocks, _options(4, 3, 128), _options(4, 2) if backward else _options(4, 3, 168))
+    return Config(64, *blocks, _options(4, 3, 168) if bn <= 128 else _options(4, 2), _options(4, 2))
 
 
 def unsupported(x: torch.Tensor, dt: torch.Tensor, B: torch.Tensor) -> str | None:
@@ -107,14 +110,14 @@ class Plan:
                   'FINAL': 0 if not final else 2 if self.backward else 1, 'A': unit, 'CT': ct, 'PREC': prec,
                   'WIDE': wide}  # fmt: skip
         self.consts = consts
-        self.scan_consts = consts | {'K': N, 'V': P, 'BK': cfg.bn, 'BV': 16, 'VP': vp, 'DIRS': 1, 'GATE': 1,
+        self.scan_consts = consts | {'K': N, 'V': P, 'BK': cfg.bn, 'BV': cfg.scan, 'VP': vp, 'DIRS': 1, 'GATE': 1,
                                      'TURNED': True}  # fmt: skip
         # What decides the compiled code: the constants, the types and the alignment of what a kernel is given.
         types = [None if t is None else t.dtype for t in (x, dt, A, D)]
         code = (*consts.values(), *types, x.device)
         self.codes = {aligned: _codes.setdefault((*code, aligned), len(_codes)) for aligned in (True, False)}
         self.grid_states = (self.n_segs * H * kinds * cfg.np, 1, 1)
-        self.grid_scan = (sequences * H * kinds, vp // 16, 1)
+        self.grid_scan = (sequences * H * kinds, vp // cfg.scan, 1)
         self.grid_out = (self.n_segs * H * cfg.np, 1, 1)
         self.grid_chunks = (self.n_chunks * H, 1, 1)
 

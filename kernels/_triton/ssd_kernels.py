@@ -25,16 +25,23 @@ def load_steps(dt, s_t, t, low, high):
 
 
 @triton.jit
+def add_and_keep(log, step, next_log, next_step):
+    return log + next_log, next_step
+
+
+@triton.jit
 def running_sums(steps, rate, WIDE: tl.constexpr):
-    """Log decays (base 2) summed up to each token of a chunk, and in all.
+    """Log decays (base 2) summed up to each token of a chunk, and in all; and the steps, handed through.
 
     Differences of running sums lose what single sums have; with `WIDE` they are fp64, so that strong decays before a
-    pair of tokens do not blur the weak ones between them.
+    pair of tokens do not blur the weak ones between them. The steps come out of the scan so that the compiler moves
+    them between layouts: it would rather load them again, 16 addresses to a thread.
     """
     log = steps * rate
     if WIDE:
         log = log.to(tl.float64)
-    return tl.cumsum(log, 0), tl.sum(log, 0)
+    upto, steps = tl.associative_scan((log, steps), 0, add_and_keep)
+    return upto, tl.sum(log, 0), steps
 
 
 @triton.jit
@@ -129,7 +136,7 @@ def ssd_kernel_states(
         steps = load_steps(s_ptr, s_t, t0 + way * BT + r, t_seg, end)  # the next chunk's, well before their use
         v = load_tile(v_ptr + tl.cast(t0, tl.int64) * v_t * A, r, rows, v_t * A, ok_t, P, NP * BP)
         k = load_tile(k_ptr + tl.cast(t0, tl.int64) * k_t * A, r, nn, k_t * A, ok_t, N, BN)
-        upto, total = running_sums(now, rate, WIDE)
+        upto, total, now = running_sums(now, rate, WIDE)
         if ADJOINT:
             at = tile + c
             tl.store(states + (at * (NP * BP) + rows[:, None]) * BN + nn[None, :], state.to(states.dtype.element_ty))
@@ -181,7 +188,6 @@ def ssd_fwd_kernel_out(
     pp = tl.arange(0, BP)
     nn = tl.arange(0, BN)
     rows = pb * BP + pp
-    causal = r[:, None] >= r[None, :]
 
     n = b
     if VARLEN:
@@ -203,10 +209,10 @@ def ssd_fwd_kernel_out(
         cs = load_tile(c_ptr, t, nn, c_t * A, ok_t, N, BN)
         now = steps
         steps = load_steps(s_ptr, s_t, t_seg + BT + t, t_seg, end)  # the next chunk's, well before their use
-        upto, total = running_sums(now, rate, WIDE)
+        upto, total, now = running_sums(now, rate, WIDE)
         gaps = (upto[:, None] - upto[None, :]).to(tl.float32)
         weights = mm(cs, tl.trans(bs), CT, PREC)
-        weights *= tl.exp2(tl.where(causal, gaps, float('-inf'))) * now[None, :]
+        weights = tl.where(r[:, None] >= r[None, :], weights, 0.0) * tl.exp2(tl.minimum(gaps, 0.0)) * now[None, :]
         out = mm(cs, tl.trans(state.to(CT)), CT, PREC) * power(upto)[:, None]
         out = tl.dot(weights.to(CT), xs.to(CT), acc=out, input_precision=PREC)
         if HAS_D:
@@ -265,7 +271,7 @@ def ssd_bwd_kernel_chunk(
 
     rate = tl.load(a + h).to(tl.float32)
     steps = tl.load(dt + b * s_b + tl.cast(h, tl.int64) * s_h + (t0 + r) * s_t, mask=ok_t, other=0.0).to(tl.float32)
-    upto, total = running_sums(steps, rate * LOG2E, WIDE)
+    upto, total, steps = running_sums(steps, rate * LOG2E, WIDE)
     gaps = (upto[:, None] - upto[None, :]).to(tl.float32)
     down = power(upto)
     left = power(total - upto)
@@ -283,12 +289,8 @@ def ssd_bwd_kernel_chunk(
     scores = mm(cs, tl.trans(bs), CT, PREC) * decay
     dscores = dweights * (decay * steps[None, :])
     products = dweights * scores * steps[None, :]
-    if WIDE:
-        # Pairs j < t <= i summed without the others, which would have to cancel.
-        since = tl.sum(tl.where(j < i, mm(j >= i, products, CT, PREC), 0.0), 1)
-    else:
-        products = tl.where(i > j, products, 0.0)
-        since = tl.sum(products, 1) - tl.sum(products, 0)
+    # Pairs j < t <= i summed without the others, which would have to cancel.
+    since = tl.sum(tl.where(j < i, mm(j >= i, products, CT, PREC), 0.0), 1)
     scores = scores.to(CT)
     dscores = dscores.to(CT)
 
@@ -329,10 +331,7 @@ def ssd_bwd_kernel_chunk(
 
     # The log decay of token t acts on the pairs around it, on reads from t on and on writes before t.
     writes *= steps
-    if WIDE:
-        dlog = since + tl.sum(tl.where(j >= i, reads[None, :], writes[None, :]), 1)
-    else:
-        dlog = tl.sum(tl.where(j >= i, (since + reads)[None, :], writes[None, :]), 1)
+    dlog = since + tl.sum(tl.where(j >= i, reads[None, :], writes[None, :]), 1)
     dlog += tl.sum(held, 0) * power(total)
     tl.store(ddt + row + r * H, (direct + dlog * rate).to(ddt.dtype.element_ty), mask=ok_t)
     tl.store(part, tl.sum(tl.where(ok_t, dlog * steps, 0.0), 0))
