@@ -226,8 +226,12 @@ def _forward(x, dt, A, B, C, D, initial_state, matrix_layout=None) -> tuple[Tens
 def _backward(x, dt, A, B, C, D, initial_state, dy, dfinal):
     batch, length, heads, dim = x.shape
     if x.numel() == 0 or B.numel() == 0:
-        zeros = [None if t is None else torch.zeros_like(t) for t in (x, dt, A, B, C, D)]
-        return *zeros, dfinal if dfinal is not None or initial_state is None else torch.zeros_like(initial_state)
+        dx, *zeros = [None if t is None else torch.zeros_like(t) for t in (x, dt, A, B, C)]
+        dD = None
+        if D is not None:
+            dx, dD = (dy * D[:, None]).to(x.dtype), (dy * x).sum((0, 1, 3)).to(D.dtype)
+        dinitial = initial_state if dfinal is None else dfinal
+        return dx, *zeros, dD, None if dinitial is None else dinitial * (dfinal is not None)
     c = _Chunks(x, dt, A, B, C, _layout(length, CHUNK))
     dyc = c.cut(dy.flatten(2))
     states, _ = _states_by_loop(c.written(), c.direction(), _grouped_state(initial_state, c.groups))
