@@ -1,4 +1,4 @@
-"""MobileMamba: three-stage backbones whose mixer splits channels between a wavelet-enhanced scan and local convolutions.
+"""MobileMamba: three-stage backbones that split channels between a scan, wavelets and convolutions.
 
 Paper: MobileMamba: Lightweight Multi-Receptive Visual Mamba Network, arXiv 2411.15941 (CVPR 2025).
 Weights and reference: lewandofskee/MobileMamba (MIT). Module names are the keys of the published checkpoints.
@@ -21,7 +21,7 @@ from timm.layers import DropPath, SEModule, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_function
 from torch import Tensor, nn
 from zoo.backbones._features import PyramidMixin, unwrap_checkpoint
-from zoo.kernels.depthwise_conv import depthwise_conv2d
+from zoo.backbones._folding import Conv, ConvBN, Residual, conv2d, fold, fuse_children, pad_widths, to_channels_last
 from zoo.kernels.selective_scan import selective_scan_2d
 
 __all__ = ['MobileMamba', 'split_channels']
@@ -30,36 +30,6 @@ __all__ = ['MobileMamba', 'split_channels']
 HAAR = 0.49999997
 
 register_notrace_function(selective_scan_2d)
-
-
-@register_notrace_function
-def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, act: str | None = None) -> Tensor:
-    """Convolution with padding k // 2 of a map in channels-last memory, then `act` (None or `silu`).
-
-    Args:
-        x: (B, C, h, w).
-        weight: (O, C, k, k), or (C, 1, k, k) for a depthwise convolution.
-        bias: (O,).
-        stride: of the kernel.
-        act: activation on the result.
-    """
-    kernel, depthwise = weight.shape[-1], weight.shape[1] == 1 < x.shape[1]
-    if torch.compiler.is_exporting() or not (depthwise or kernel == 1) or stride > 1:
-        y = F.conv2d(x, weight, bias, stride, kernel // 2, 1, x.shape[1] if depthwise else 1)
-        return F.silu(y) if act else y
-    x = x.permute(0, 2, 3, 1)
-    if depthwise:
-        bias = None if bias is None else bias.to(x.dtype)
-        return depthwise_conv2d(x, weight.to(x.dtype), bias, activation=act).permute(0, 3, 1, 2)
-    # Two dimensions, so that a slice of channels is read where it lies.
-    y = F.linear(x.reshape(-1, x.shape[-1]), weight.flatten(1), bias).view(*x.shape[:-1], -1).permute(0, 3, 1, 2)
-    return F.silu(y) if act else y
-
-
-@register_notrace_function
-def to_channels_last(x: Tensor) -> Tensor:
-    """Images in channels-last memory; exported programs leave layouts to their runtime."""
-    return x if torch.compiler.is_exporting() else x.contiguous(memory_format=torch.channels_last)
 
 
 def haar_analysis(x: Tensor) -> Tensor:
@@ -99,60 +69,6 @@ def wavelet_conv(x: Tensor, weight: Tensor) -> Tensor:
     if not all(isinstance(n, int) and n == 0 for n in pads):
         x = F.pad(x, (0, pads[1], 0, pads[0]))
     return haar_synthesis(conv2d(haar_analysis(x), weight))[:, :, :height, :width]
-
-
-class Conv(nn.Module):
-    """Convolution with bias: a `ConvBN` after folding."""
-
-    def __init__(self, weight: Tensor, bias: Tensor, stride: int = 1):
-        super().__init__()
-        self.weight, self.bias, self.stride = nn.Parameter(weight), nn.Parameter(bias), stride
-
-    def forward(self, x: Tensor) -> Tensor:
-        return conv2d(x, self.weight, self.bias, self.stride)
-
-
-def _folded(weight: Tensor, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a convolution without bias followed by a BatchNorm."""
-    scale = bn.weight / (bn.running_var + bn.eps).sqrt()
-    return weight * scale.view(-1, *[1] * (weight.ndim - 1)), bn.bias - bn.running_mean * scale
-
-
-class ConvBN(nn.Module):
-    """Convolution without bias, BatchNorm whose gain starts at `gain`."""
-
-    def __init__(self, dim: int, out: int, kernel=1, stride=1, groups=1, gain=1.0, device=None, dtype=None):
-        super().__init__()
-        dd = dict(device=device, dtype=dtype)
-        self.c = nn.Conv2d(dim, out, kernel, stride, kernel // 2, groups=groups, bias=False, **dd)
-        self.bn = nn.BatchNorm2d(out, **dd)
-        self.stride = stride
-        nn.init.constant_(self.bn.weight, gain)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.bn(conv2d(x, self.c.weight, None, self.stride))
-
-    def fuse(self) -> Conv:
-        return Conv(*_folded(self.c.weight, self.bn), self.stride)
-
-
-class Residual(nn.Module):
-    """x + m(x)."""
-
-    def __init__(self, m: nn.Module):
-        super().__init__()
-        self.m, self.skip = m, True
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.m(x) if self.skip else self.m(x)
-
-    def fuse(self) -> Residual:
-        """Fold; the identity beside a depthwise convolution becomes part of its centre tap."""
-        if isinstance(self.m, ConvBN):
-            self.m, self.skip = self.m.fuse(), False
-            centre = self.m.weight.shape[-1] // 2
-            self.m.weight.data[:, :, centre, centre] += 1
-        return self
 
 
 def depthwise(dim: int, gain: float, **dd) -> Residual:
@@ -217,8 +133,9 @@ class LocalOp(nn.Module):
         x = F.relu(self.bn1(conv2d(x, self.dwconv3x3.weight)))
         return self.bn2(x * self.dwconv1x1.weight.view(1, -1, 1, 1).to(x.dtype))
 
+    @torch.no_grad()
     def fuse(self) -> FusedLocalOp:
-        return FusedLocalOp(*_folded(self.dwconv3x3.weight, self.bn1), *_folded(self.dwconv1x1.weight, self.bn2))
+        return FusedLocalOp(*fold(self.dwconv3x3.weight, self.bn1), *fold(self.dwconv1x1.weight, self.bn2))
 
 
 class FusedLocalOp(Conv):
@@ -229,7 +146,7 @@ class FusedLocalOp(Conv):
         self.scale, self.shift = nn.Parameter(scale.view(1, -1, 1, 1)), nn.Parameter(shift.view(1, -1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(super().forward(x))
+        x = conv2d(x, self.weight, self.bias, act='relu')
         return torch.addcmul(self.shift.to(x.dtype), x, self.scale.to(x.dtype))
 
 
@@ -287,7 +204,7 @@ class WaveletMamba(nn.Module):
         self.wavelet_scale = nn.Sequential(Scale(4 * dim, 0.1, **dd))
 
     def wavelet_weight(self) -> Tensor:
-        """Kernels of the wavelet branch with every factor in them, bands outermost (the keys are channels outermost)."""
+        """Kernels of the wavelet branch with every factor in them, bands outermost (published: innermost)."""
         if not hasattr(self, 'wavelet_scale'):
             return self.wavelet_convs[0].weight
         weight = self.wavelet_convs[0].weight * self.wavelet_scale[0].weight.view(-1, 1, 1, 1) * HAAR**2
@@ -296,6 +213,7 @@ class WaveletMamba(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.base_scale(self.global_atten(x)) + wavelet_conv(x, self.wavelet_weight())
 
+    @torch.no_grad()
     def fuse(self) -> WaveletMamba:
         """Fold the scales into the convolutions beside them and drop the filters."""
         if isinstance(self.global_atten.out_proj, Conv):
@@ -311,7 +229,9 @@ class WaveletMamba(nn.Module):
 
 def _haar_filters(dim: int, device=None, dtype=None) -> Tensor:
     signs = [[[1, 1], [1, 1]], [[1, 1], [-1, -1]], [[1, -1], [1, -1]], [[1, -1], [-1, 1]]]
-    return (torch.tensor(signs, device=device, dtype=dtype or torch.get_default_dtype()) * HAAR).repeat(dim, 1, 1)[:, None]
+    return (torch.tensor(signs, device=device, dtype=dtype or torch.get_default_dtype()) * HAAR).repeat(dim, 1, 1)[
+        :, None
+    ]
 
 
 def split_channels(dim: int, global_ratio: float, local_ratio: float) -> tuple[int, int, int]:
@@ -320,7 +240,9 @@ def split_channels(dim: int, global_ratio: float, local_ratio: float) -> tuple[i
     wide = (wide + 8) // 16 * 16
     local = min(int(local_ratio * dim), dim - wide)
     if wide < 16 or local < 0:
-        raise ValueError(f'global_ratio = {global_ratio} leaves {wide} of {dim} channels to the scan: 16 to {dim} needed')
+        raise ValueError(
+            f'global_ratio = {global_ratio} leaves {wide} of {dim} channels to the scan: 16 to {dim} needed'
+        )
     return wide, local, dim - wide - local
 
 
@@ -385,34 +307,15 @@ class Head(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.l(self.bn(x))
 
+    @torch.no_grad()
     def fuse(self) -> Head:
         """Fold the norm into the classifier; without classes it stays."""
         if isinstance(self.l, nn.Linear) and isinstance(self.bn, nn.BatchNorm1d):
-            scale, shift = _folded(torch.ones_like(self.bn.weight), self.bn)
+            scale, shift = fold(torch.ones_like(self.bn.weight), self.bn)
             self.l.bias.data += self.l.weight @ shift
             self.l.weight.data *= scale
             self.bn = nn.Identity()
         return self
-
-
-def _fuse_children(module: nn.Module) -> None:
-    """Give every module below its folded form, the outermost first (the order of timm's `reparameterize_model`)."""
-    for name, child in list(module.named_children()):
-        if hasattr(child, 'fuse'):
-            setattr(module, name, child.fuse())
-        _fuse_children(getattr(module, name))
-
-
-def _pad_widths(convs: Sequence[Conv], multiple: int = 8) -> None:
-    """Bring the widths between convolutions with ReLU up to a multiple with channels that stay 0.
-
-    Half-precision convolutions of channels-last maps need it to run on tensor cores without copies.
-    """
-    for first, second in zip(convs, convs[1:]):
-        more = -first.weight.shape[0] % multiple
-        first.weight = nn.Parameter(F.pad(first.weight, (0, 0) * 3 + (0, more)))
-        first.bias = nn.Parameter(F.pad(first.bias, (0, more)))
-        second.weight = nn.Parameter(F.pad(second.weight, (0, 0) * 2 + (0, more)))
 
 
 class MobileMamba(PyramidMixin, nn.Module):
@@ -481,7 +384,9 @@ class MobileMamba(PyramidMixin, nn.Module):
         for s, (dim, depth) in enumerate(zip(dims, depths)):
             stage = nn.Sequential()
             if s:
-                stage.extend([transition(width, gain, **dd), PatchMerging(width, dim, **dd), transition(dim, gain, **dd)])
+                stage.extend(
+                    [transition(width, gain, **dd), PatchMerging(width, dim, **dd), transition(dim, gain, **dd)]
+                )
             split = split_channels(dim, global_ratios[s], local_ratios[s])
             stage.extend([Block(dim, split, kernels[s], next(rates), gain, **dd) for _ in range(depth)])
             setattr(self, f'blocks{s + 1}', stage)
@@ -503,8 +408,8 @@ class MobileMamba(PyramidMixin, nn.Module):
         features before the head's norm. A fused model takes fused and published weights.
         """
         if not self.folded:
-            _fuse_children(self)
-            _pad_widths([m for m in self.patch_embed if isinstance(m, Conv)])
+            fuse_children(self)
+            pad_widths([m for m in self.patch_embed if isinstance(m, Conv)])
         return self.eval()
 
     @property
