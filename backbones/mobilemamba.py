@@ -297,13 +297,6 @@ class Head(nn.Module):
             trunc_normal_(self.l.weight, std=0.02)
             nn.init.zeros_(self.l.bias)
 
-    def norm(self, x: Tensor) -> Tensor:
-        """The BatchNorm of pooled features (B, C), or of every pixel of a map (B, C, h, w)."""
-        bn = self.bn
-        if x.ndim == 2 or isinstance(bn, nn.Identity):
-            return bn(x)
-        return bn(x.permute(0, 2, 3, 1).flatten(0, 2)).unflatten(0, (-1, *x.shape[2:])).permute(0, 3, 1, 2)
-
     def forward(self, x: Tensor) -> Tensor:
         return self.l(self.bn(x))
 
@@ -490,7 +483,12 @@ class MobileMamba(PyramidMixin, nn.Module):
                 trunc_normal_(self.head_dist.l.weight, std=0.02)
 
     def norm_pooled(self, x: Tensor) -> Tensor:
-        return self.head.norm(x) if self.head_dist is None else x
+        if self.head_dist is not None:
+            return x  # each head has its own norm
+        if self.global_pool:
+            return self.head.bn(x)
+        height, width = x.shape[2:]
+        return self.head.bn(x.permute(0, 2, 3, 1).flatten(0, 2)).unflatten(0, (-1, height, width)).permute(0, 3, 1, 2)
 
     def classify(self, x: Tensor):
         if self.head_dist is None:
