@@ -609,5 +609,5 @@ def mobilemamba_b4(pretrained: bool = False, **kwargs) -> MobileMamba:
 @register_model
 def test_mobilemamba(pretrained: bool = False, **kwargs) -> MobileMamba:
     """Tiny MobileMamba for tests; its residual branches do not start at zero, so that they can be seen."""
-    args = dict(dims=(48, 64, 80), depths=(1, 1, 2), zero_init=False)
+    args = dict(dims=(48, 64, 80), depths=(1, 1, 1), zero_init=False)
     return _create('test_mobilemamba', pretrained, **{**args, **kwargs})

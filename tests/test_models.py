@@ -19,6 +19,8 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 import zoo
 
 ALL = zoo.list_models()
+# Less is asked of networks that differ from another only in their widths or their size of image.
+DISTINCT = [n for n in ALL if n not in ('mobilemamba_t4', 'mobilemamba_s6', 'mobilemamba_b2', 'mobilemamba_b4')]
 SMALL = [n for n in ALL if n.startswith('test_')]
 RUN = SMALL + ['mobilemamba_t2', 'vig_tiny_patch16_224', 'vig_hier_tiny_224']
 TOKEN_MODELS = ['vig_tiny*', 'vig_small*', 'vig_base*', 'test_vig']
@@ -31,10 +33,6 @@ def is_token_model(name):
 def meta(name, **kwargs):
     with torch.device('meta'):
         return timm.create_model(name, **kwargs).eval()
-
-
-def has_batch_norm(name):
-    return any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in meta(name).modules())
 
 
 def images(*size, batch=1, chans=3):
@@ -93,11 +91,16 @@ def test_backward_reaches_every_parameter(name):
     assert not bad, f'gradients that are not finite: {bad}'
 
 
-@pytest.mark.parametrize('name', [n for n in SMALL if not has_batch_norm(n)])
+@pytest.mark.parametrize('name', SMALL)
 def test_training_and_evaluation_compute_the_same(name):
+    """Up to batch norms, which use the batch's statistics in training."""
     model = timm.create_model(name)
     x = images(batch=2)
-    torch.testing.assert_close(model.train()(x), model.eval()(x))
+    model.train()
+    for module in model.modules():
+        if isinstance(module, (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d)):
+            module.eval()
+    torch.testing.assert_close(model(x), model.eval()(x))
 
 
 @pytest.mark.parametrize('name', ALL)
@@ -120,7 +123,7 @@ def test_default_cfg(name):
     assert model.get_classifier() is model.get_submodule(cfg['classifier'])
 
 
-@pytest.mark.parametrize('name', ALL)
+@pytest.mark.parametrize('name', DISTINCT)
 def test_reset_classifier(name):
     model = meta(name)
     x = torch.zeros(1, 3, 64, 64, device='meta')
@@ -176,7 +179,7 @@ def test_features_only_values(name):
                 torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize('name', ALL)
+@pytest.mark.parametrize('name', DISTINCT)
 def test_forward_intermediates_shapes(name):
     model = meta(name)
     info = FeatureInfo(model.feature_info, len(model.feature_info))
@@ -317,7 +320,7 @@ def test_fx_backward(name):
     assert not [n for n, p in model.named_parameters() if p.grad is None]
 
 
-@pytest.mark.parametrize('name', ALL)
+@pytest.mark.parametrize('name', DISTINCT)
 def test_other_channels_and_classes(name):
     model = meta(name, in_chans=1, num_classes=3)
     assert model(torch.zeros(1, 1, 64, 64, device='meta')).shape == (1, 3)
