@@ -151,9 +151,9 @@ def _by_group(A: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
 def _sequence_grids(u, delta, B, C, delta_bias, delta_softplus, dtype):
     """u, the final step sizes, B, C on the grid of a sequence; steps behind the end are 0, so that nothing happens."""
     groups = B.shape[1]
-    step = delta.to(dtype)
+    step = delta.to(dtype, copy=True)
     if delta_bias is not None:
-        step = step + delta_bias.to(dtype)[:, None]
+        step += delta_bias.to(dtype)[:, None]
     step = F.softplus(step) if delta_softplus else step
     B, C = (_grid(x.flatten(1, 2), groups, dtype) for x in (B, C))
     return _grid(u, groups, dtype), _grid(step, groups, dtype), B, C
@@ -209,10 +209,14 @@ def _from_next(a: Tensor, reverse: bool) -> Tensor:
 
 
 def _scan(u: Tensor, step: Tensor, A: Tensor, B: Tensor, C: Tensor, reverse: bool) -> Tensor:
-    """y without the skip: u, step (B, outer, inner, G, D), A (G, D, N), B, C (B, outer, inner, G, N)."""
+    """y without the skip: u, step (B, outer, inner, G, D), A (G, D, N), B, C (B, outer, inner, G, N); step is used up."""
     drive, y = step * u, None
     for n in range(A.shape[-1]):
-        h = _run((step * A[..., n]).exp_(), drive * B[..., n, None], reverse)
+        if n < A.shape[-1] - 1:
+            a, b = step * A[..., n], drive * B[..., n, None]
+        else:  # fresh memory costs more than the product
+            a, b = step.mul_(A[..., n]), drive.mul_(B[..., n, None])
+        h = _run(a.exp_(), b, reverse)
         y = h.mul_(C[..., n, None]) if y is None else y.addcmul_(h, C[..., n, None])
     return torch.zeros_like(u) if y is None else y
 
