@@ -325,7 +325,8 @@ class MobileMamba(PyramidMixin, nn.Module):
         kernels: sizes of the local and wavelet convolutions of the stages.
         stem_stride: 16, or 8, 4, 2, 1 for small images; the first convolutions of the stem are then not strided.
         distillation: a second head for the teacher; training gives the pair of logits, evaluation their mean.
-        fuse: fold every BatchNorm, see `fuse`; weights are folded as they are loaded.
+        fuse: whether the network is meant to be folded: it takes folded files then, and `create_model` calls `fuse` once
+            weights are there.
         zero_init: start every residual branch of a block at zero, as published; otherwise gains start at 1.
         drop_rate: dropout before the head.
         drop_path_rate: stochastic depth of the last block, rising linearly from 0.
@@ -354,7 +355,7 @@ class MobileMamba(PyramidMixin, nn.Module):
     ):
         super().__init__()
         # What it takes to build the same network again, unfolded, to load weights that are not folded.
-        self.config = {k: v for k, v in locals().items() if k not in ('self', '__class__', 'device', 'dtype', 'fuse')}
+        self.config = {k: v for k, v in locals().items() if k not in ('self', '__class__', 'device', 'dtype')}
         dd = dict(device=device, dtype=dtype)
         if global_pool not in ('avg', ''):
             raise ValueError(f"global_pool must be 'avg' or '' (no pooling), got {global_pool!r}")
@@ -389,8 +390,6 @@ class MobileMamba(PyramidMixin, nn.Module):
         self.head_drop = nn.Dropout(drop_rate)
         self.head = Head(width, num_classes, **dd)
         self.head_dist = Head(width, num_classes, **dd) if distillation else None
-        if fuse:
-            self.fuse()
 
     @torch.no_grad()
     def fuse(self) -> MobileMamba:
@@ -419,6 +418,8 @@ class MobileMamba(PyramidMixin, nn.Module):
         """
         state_dict = unwrap_checkpoint(state_dict)
         folded_file = 'patch_embed.0.weight' in state_dict
+        if folded_file and self.config['fuse']:
+            self.fuse()
         if folded_file and not self.folded:
             raise RuntimeError(
                 'these weights have their BatchNorms folded, this model has not: load weights with the keys '
@@ -509,11 +510,6 @@ class MobileMamba(PyramidMixin, nn.Module):
         return names
 
 
-def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor]:
-    """Published file, trainer checkpoint (`net_E`, the averaged weights, before `net`) or own checkpoint, bare."""
-    return unwrap_checkpoint(state_dict)
-
-
 def _cfg(size: int = 192, file: str = '', top1: float | None = None, **kwargs) -> dict:
     published = dict(hf_hub_id='Lewandofski/MobileMamba', hf_hub_filename=file, license='mit') if file else {}
     if top1 is not None:
@@ -562,14 +558,17 @@ default_cfgs = generate_default_cfgs({**_published_cfgs(), 'test_mobilemamba.unt
 def _create(variant: str, pretrained: bool = False, **kwargs) -> MobileMamba:
     out_indices = kwargs.pop('out_indices', (0, 1, 2))
     kwargs.pop('img_size', None)  # any size: there is no table to fit
-    return build_model_with_cfg(
+    model = build_model_with_cfg(
         MobileMamba,
         variant,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
+        pretrained_filter_fn=unwrap_checkpoint,
         feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
         **kwargs,
     )
+    if kwargs.get('fuse'):
+        (model.model if kwargs.get('features_only') else model).fuse()
+    return model
 
 
 _B = dict(dims=(200, 376, 448), depths=(2, 3, 2), drop_path_rate=0.03)
