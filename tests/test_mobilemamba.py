@@ -9,8 +9,10 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.utils.model import reparameterize_model
-from zoo.backbones.mobilemamba import HAAR, haar_analysis, haar_synthesis, split_channels, wavelet_conv
+from zoo.backbones.mobilemamba import HAAR, split_channels
+from zoo.kernels.wavelet import haar_analysis, haar_synthesis, wavelet_conv2d
 
+import zoo
 from zoo.errors import ZooError
 from zoo.tools.export import cli_export, relative_error
 
@@ -105,12 +107,22 @@ def test_wavelet_branch_is_the_published_one(size):
     x = torch.randn(2, op.wt_filter.shape[0] // 4, *size).contiguous(memory_format=torch.channels_last)
     weight, scale = op.wavelet_convs[0].weight, op.wavelet_scale[0].weight
     with torch.no_grad():
-        torch.testing.assert_close(
-            wavelet_conv(x, op.wavelet_weight()),
-            published_wavelets(x, weight, scale, op.wt_filter),
-            rtol=1e-5,
-            atol=1e-6,
-        )
+        expected = published_wavelets(x, weight, scale, op.wt_filter)
+        torch.testing.assert_close(wavelet_conv2d(x, op.wavelet_weight()), expected, rtol=1e-5, atol=1e-6)
+        with zoo.kernel_backend('naive'):
+            torch.testing.assert_close(wavelet_conv2d(x, op.wavelet_weight()), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_wavelet_gradients_and_mistakes():
+    x, weight = torch.randn(1, 2, 5, 4).double().requires_grad_(), torch.randn(8, 1, 3, 3).double().requires_grad_()
+    assert torch.autograd.gradcheck(wavelet_conv2d, (x, weight))
+    for bad, words in (
+        ((x[0], weight), 'x must be'),
+        ((x, weight[1:]), 'weight must be'),
+        ((x, weight[..., :2]), 'odd'),
+    ):
+        with pytest.raises(ValueError, match=words):
+            wavelet_conv2d(*bad)
 
 
 def test_wavelets_reconstruct():
