@@ -7,7 +7,6 @@ the smallest ViG beside DeiT-tiny: inference at 224 and 1024 pixels, a training 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -24,7 +23,7 @@ from zoo.registry import check_name
 from zoo.tools._bench_kernels import add_arguments as add_kernel_arguments
 from zoo.tools._bench_kernels import bench_kernels
 from zoo.tools._load import build
-from zoo.tools._timing import conditions, interleaved
+from zoo.tools._timing import conditions, interleaved, write_json
 
 # The timm models of the same size and shape that one would pick instead.
 PEERS = {
@@ -254,7 +253,6 @@ def cli_bench(argv: list[str]) -> int:
     finally:
         torch.set_num_threads(before)
     if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(result, indent=2) + '\n')
+        write_json(args.output, result)
         print(f'written: {args.output}')
     return 0
