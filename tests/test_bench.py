@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from zoo.errors import ZooError
-from zoo.tools import _bench_kernels
+from zoo.tools import _bench_kernels, _bench_models
 from zoo.tools._bench_case import Case
+from zoo.tools._bench_models import PEERS
 from zoo.tools._timing import interleaved
-from zoo.tools.bench import PEERS, cli_bench
+from zoo.tools.bench import cli_bench
 
 FAST = ['--device', 'cpu', '--repeats', '2', '--warmup', '1']
 CONDITIONS = ('device', 'device_kind', 'threads', 'versions', 'commit', 'dtype', 'date', 'compile')
@@ -42,8 +43,6 @@ def test_models(tmp_path, capsys):
 
 def test_defaults_cover_what_is_promised(tmp_path, monkeypatch):
     """Without arguments: inference at 224 and 1024 and a training step at 224, the smallest ViG beside DeiT-tiny."""
-    from zoo.tools import bench as tool
-
     seen = []
 
     def fake(scenario, names, args):
@@ -51,7 +50,7 @@ def test_defaults_cover_what_is_promised(tmp_path, monkeypatch):
         return [{'model': n, 'size': scenario.size, 'batch': scenario.batch, 'train': scenario.train, 'median_ms': 1.0,
                  'min_ms': 1.0, 'images_per_s': 1.0, 'cold_ms': 1.0} for n in names]  # fmt: skip
 
-    monkeypatch.setattr(tool, 'measure', fake)
+    monkeypatch.setattr(_bench_models, 'measure', fake)
     result = bench(tmp_path, 'models')
     pair = ('vig_tiny_patch16_224', 'deit_tiny_patch16_224')
     assert seen == [(224, False, pair), (1024, False, pair), (224, True, pair)]
@@ -64,12 +63,42 @@ def test_defaults_cover_what_is_promised(tmp_path, monkeypatch):
 SLOW_COMPILE = pytest.param(['--compile'], marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize('flags', [['--train'], SLOW_COMPILE, ['--channels-last', '--dtype', 'bf16']])
+MODES = [['--train'], SLOW_COMPILE, ['--channels-last', '--dtype', 'bf16'], ['--pure', '--dtype', 'bf16', '--fuse']]
+
+
+@pytest.mark.parametrize('flags', MODES)
 def test_model_modes(flags, tmp_path):
     result = bench(tmp_path, 'models', '--models', 'test_vig', '--img-size', '32', '--batch-size', '2', *flags)
     (row,) = result['results']
     assert row['train'] == ('--train' in flags)
-    assert result['compile'] == ('--compile' in flags) and result['channels_last'] == ('--channels-last' in flags)
+    assert row['compile'] == ('--compile' in flags) and row['channels_last'] == ('--channels-last' in flags)
+    assert row['fused'] == ('--fuse' in flags) and result['pure'] == ('--pure' in flags)
+
+
+def test_a_failing_model_is_a_row(tmp_path, monkeypatch):
+    plain = _bench_models.build
+
+    def build(name, **kwargs):
+        if name == 'test_vit':
+            raise RuntimeError('out of luck')
+        return plain(name, **kwargs)
+
+    monkeypatch.setattr(_bench_models, 'build', build)
+    names = ['--models', 'test_vig', '--peers', 'test_vit,test_resnet', '--relative-to', 'test_resnet']
+    size = ['--img-size', 'native', '--batch-size', '2', '--train', 'both', '--channels-last', 'test_res*']
+    result = bench(tmp_path, 'models', *names, *size)
+    assert len(result['results']) == 6 and result['complete']
+    for train in (False, True):
+        rows = {r['model']: r for r in result['results'] if r['train'] == train}
+        assert rows['test_vit']['error'] == 'RuntimeError: out of luck'
+        vig, resnet = rows['test_vig'], rows['test_resnet']
+        assert vig['speed_ratio'] == pytest.approx(vig['images_per_s'] / resnet['images_per_s'], rel=0.01)
+        assert resnet['channels_last'] and not vig['channels_last']
+        assert vig['size'] == 96 and resnet['size'] == 160
+    assert [(r['model'], r['peer'], r['train']) for r in result['ratios']] == [
+        ('test_vig', 'test_resnet', False),
+        ('test_vig', 'test_resnet', True),
+    ]
 
 
 def test_kernels(tmp_path, capsys):
@@ -167,7 +196,9 @@ def test_mistakes(tmp_path):
     for argv, words in (
         (['models', '--models', 'vig_tinny'], 'unknown model'),
         (['models', '--img-size', '32', '64', '96', '--batch-size', '1', '2'], '--batch-size'),
+        (['models', '--models', 'test_vig', '--relative-to', 'test_vit'], '--relative-to'),
         (['kernels', '--shapes', 'huge'], 'vig_small_224'),
+        (['kernels', '--ops', 'convolution'], 'bidirectional_gla'),
     ):
         with pytest.raises(ZooError, match=words):
             cli_bench([*argv, *FAST])

@@ -7,14 +7,11 @@ Cases come from the modules `_bench_<family>.py` beside this one. A peer that fa
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
 import importlib.util
-import signal
 import statistics
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from rich.console import Console
@@ -24,7 +21,8 @@ from torch import Tensor
 from zoo.errors import ZooError
 from zoo.kernels._dispatch import kernel_backend
 from zoo.tools._bench_case import Case, Inputs
-from zoo.tools._timing import conditions, copy_gb_per_s, graph_ms, host_us, interleaved, sync, wall_ms, write_json
+from zoo.tools._guard import in_words, recover, time_limit
+from zoo.tools._timing import conditions, copy_gb_per_s, graph_ms, host_us, interleaved, wall_ms, write_json
 
 _FAMILIES = ('gla', 'linear_attention', 'selective_scan', 'ssd', 'depthwise_conv', 'norm')
 _CPU_BATCH_SHRINK = 32  # the same shapes at a batch that a CPU finishes in milliseconds
@@ -94,30 +92,6 @@ def _implementations(case: Case, peers: str) -> dict[str, Callable]:
         words = [] if peers == 'none' else peers.split(',')
         chosen = {k: f for k, f in case.peers.items() if any(w in k for w in words)}
     return {_OURS: case.ours, **chosen}
-
-
-@contextlib.contextmanager
-def _limit(seconds: float) -> Iterator[None]:
-    """Interrupt what takes longer (where the platform can: a POSIX main thread)."""
-    if not hasattr(signal, 'SIGALRM') or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(*_):
-        raise TimeoutError(f'no result in {seconds:g} s (--peer-seconds)')
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def _words(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f'{type(error).__name__}: {lines[0][:300]}' if lines else type(error).__name__
 
 
 def _differentiable(outputs: Tensor | tuple) -> list[Tensor]:
@@ -208,28 +182,14 @@ def _survivors(steps: dict[str, Callable], rows: dict[str, dict], args: argparse
     alive = {}
     for name, step in steps.items():
         try:
-            with _limit(args.peer_seconds if name != _OURS else 10 * args.peer_seconds):
+            with time_limit(args.peer_seconds if name != _OURS else 10 * args.peer_seconds, '--peer-seconds'):
                 rows[name]['cold_ms'] = round(wall_ms(step, args.device), 3)
                 rows[name]['warm_ms'] = min(wall_ms(step, args.device) for _ in range(2))
             alive[name] = step
         except Exception as error:
-            rows[name]['error'] = _words(error)
-            _lost_device(args.device, error)
-            _free(args.device)
+            rows[name]['error'] = in_words(error)
+            recover(args.device, error)
     return alive
-
-
-def _lost_device(device: str, error: Exception) -> None:
-    """After an illegal access, say, nothing runs on the device any more in this process."""
-    try:
-        sync(device)
-    except RuntimeError:
-        raise ZooError(f'the device is lost for this process after: {_words(error)}') from error
-
-
-def _free(device: str) -> None:
-    if device.startswith('cuda'):
-        torch.cuda.empty_cache()
 
 
 def _on_gpu(row: dict, steps: list[Callable], repeats: int) -> None:
@@ -245,8 +205,8 @@ def _on_gpu(row: dict, steps: list[Callable], repeats: int) -> None:
     try:
         row['graph_ms'] = round(graph_ms(steps, repeats), 4)
     except Exception as error:
-        row['graph_error'] = _words(error)
-        _lost_device('cuda', error)
+        row['graph_error'] = in_words(error)
+        recover('cuda', error)
 
 
 def measure(case: Case, args: argparse.Namespace, bandwidth: float) -> list[dict]:
@@ -324,7 +284,6 @@ def bench_kernels(args: argparse.Namespace) -> dict:
             rows = measure(case, args, bandwidth)
             result['results'] += rows
             _print(case, rows)
-            _free(args.device)
             if gpu:
                 found = errors(case, args.device, _DTYPES[args.dtype], args.backward)
                 result['relative_rms'].append({'op': case.op, 'shape': case.shape, **found})
@@ -332,10 +291,11 @@ def bench_kernels(args: argparse.Namespace) -> dict:
         except ZooError:
             raise
         except Exception as error:
-            result['results'].append({'op': case.op, 'shape': case.shape, 'error': _words(error)})
-            print(f'  {_words(error)}', flush=True)
-            _lost_device(args.device, error)
-        _free(args.device)
+            result['results'].append({'op': case.op, 'shape': case.shape, 'error': in_words(error)})
+            print(f'  {in_words(error)}', flush=True)
+            recover(args.device, error)
+        if gpu:
+            torch.cuda.empty_cache()
         write_json(args.output, result)
     result['complete'] = True
     return result
