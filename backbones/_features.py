@@ -14,9 +14,9 @@ from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-__all__ = ['PyramidMixin', 'TokenMixin', 'unwrap_checkpoint']
+__all__ = ['PyramidMixin', 'TokenMixin', 'squeeze_linears', 'unwrap_checkpoint']
 
-_WRAPPERS = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
+_WRAPPERS = ('state_dict_ema', 'model_ema', 'net_E', 'state_dict', 'model', 'net')  # averaged weights first
 
 
 def unwrap_checkpoint(state_dict: Mapping) -> dict[str, Tensor]:
@@ -168,28 +168,28 @@ class TokenMixin(_CommonMixin):
 
 
 class PyramidMixin(_CommonMixin):
-    """Interface of models with stages of falling resolution, channels last inside.
+    """Interface of models with stages of falling resolution.
 
-    Needs `patch_embed` (NCHW image to NHWC map), `layers` (stages with `blocks` and `downsample`, None in the last),
-    `classifier` (with `norm` and `head`), `head_drop`, `global_pool`, `num_features` and `num_classes`.
+    A family sets `num_features` (channels of `forward_features`), `num_classes`, `global_pool`, `head_drop`,
+    `grad_checkpointing` and the two class attributes, and defines
+
+    - `stem(x)`: images (B, 3, H, W) to the first map;
+    - `stage_parts()`: of every stage, the modules that enter it (its downsampling, empty for the first) and its blocks;
+    - `final(x)`: the last map to the map (B, num_features, h, w) that is pooled;
+    - `keep_stages(n)`: drop the stages after the n-th, and `drop_final()`: make `final` the identity (to NCHW).
     """
 
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict:
-        if coarse:
-            return dict(stem=r'^patch_embed', blocks=[(r'^layers\.(\d+)', None), (r'^classifier\.norm', (99999,))])
-        return dict(
-            stem=r'^patch_embed',
-            blocks=[
-                (r'^layers\.(\d+)\.downsample', (0,)),
-                (r'^layers\.(\d+)\.blocks\.(\d+)', None),
-                (r'^classifier\.norm', (99999,)),
-            ],
-        )
+    channels_last = False  # whether maps between stages are (B, h, w, C) rather than (B, C, h, w)
+    classifier_name = 'head'  # path of the linear layer that gives the logits
+
+    def _in_format(self, x: Tensor, output_fmt: str) -> Tensor:
+        if self.channels_last == (output_fmt == 'NHWC'):
+            return x
+        return x.permute(0, 3, 1, 2) if self.channels_last else x.permute(0, 2, 3, 1)
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
-        return self.classifier.head
+        return self.get_submodule(self.classifier_name)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier; 0 classes give pooled features, `global_pool=''` the unpooled map."""
@@ -197,7 +197,13 @@ class PyramidMixin(_CommonMixin):
         if global_pool is not None:
             _check_pool(global_pool)
             self.global_pool = global_pool
-        self.classifier.head = _new_head(self.num_features, num_classes, self.layers[0].blocks[0].norm.weight)
+        self.set_submodule(
+            self.classifier_name, _new_head(self.num_features, num_classes, next(self.parameters())), strict=True
+        )
+
+    def intermediate_norm(self, x: Tensor) -> Tensor:
+        """The final norm on the last stage's map, for models whose norm keeps its width."""
+        raise ValueError(f'{type(self).__name__} has no norm that fits its intermediates: norm must be False')
 
     def forward_intermediates(
         self,
@@ -223,53 +229,63 @@ class PyramidMixin(_CommonMixin):
         """
         if output_fmt not in ('NCHW', 'NHWC'):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
-        take, last = feature_take_indices(len(self.layers), indices)
-        x = self.patch_embed(x)
+        parts = self.stage_parts()
+        take, last = feature_take_indices(len(parts), indices)
+        x = self.stem(x)
         found = []
-        final = len(self.layers) - 1
-        for i, stage in enumerate(self.layers[: last + 1] if stop_early else self.layers):
-            x = _run(self, stage.blocks, x)
+        for i, (entry, blocks) in enumerate(parts[: last + 1] if stop_early else parts):
+            x = _run(self, blocks, _run(self, entry, x))
             if i in take:
-                y = self.classifier.norm(x) if norm and i == final else x
-                found.append(y.permute(0, 3, 1, 2) if output_fmt == 'NCHW' else y)
-            if stage.downsample is not None and not (stop_early and i == last):
-                x = stage.downsample(x)
+                y = self.intermediate_norm(x) if norm and i == len(parts) - 1 else x
+                found.append(self._in_format(y, output_fmt))
         if intermediates_only:
             return found
-        x = self.classifier.norm(x) if x.shape[-1] == self.num_features else x
-        return x.permute(0, 3, 1, 2), found
+        if stop_early and last + 1 < len(parts):
+            return self._in_format(x, 'NCHW'), found
+        return self.final(x), found
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drop the stages after the last one of `indices`, and the norm and head if asked."""
-        take, last = feature_take_indices(len(self.layers), indices)
-        dropped = last + 1 < len(self.layers)
-        self.layers = self.layers[: last + 1]
-        self.layers[-1].downsample = None
-        if prune_norm or dropped:
-            self.classifier.norm = nn.Identity()
+        stages = len(self.stage_parts())
+        take, last = feature_take_indices(stages, indices)
+        self.keep_stages(last + 1)
+        if prune_norm or last + 1 < stages:
+            self.drop_final()
         if prune_head:
-            self.num_classes, self.classifier.head = 0, nn.Identity()
+            self.num_classes = 0
+            self.set_submodule(self.classifier_name, nn.Identity(), strict=True)
         return take
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images (B, 3, H, W) to the normalised last map (B, C, h, w)."""
-        x = self.patch_embed(x)
-        for stage in self.layers:
-            x = _run(self, stage.blocks, x)
-            if stage.downsample is not None:
-                x = stage.downsample(x)
-        return self.classifier.norm(x).permute(0, 3, 1, 2)
+        """Images (B, 3, H, W) to the last map (B, num_features, h, w), normalised."""
+        x = self.stem(x)
+        for entry, blocks in self.stage_parts():
+            x = _run(self, blocks, _run(self, entry, x))
+        return self.final(x)
+
+    def classify(self, x: Tensor) -> Tensor:
+        """Pooled features (B, num_features), after dropout, to logits."""
+        return self.get_classifier()(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Map (B, C, h, w) to logits, or to pooled features with `pre_logits`."""
         if self.global_pool == 'avg':
             x = x.mean((2, 3))
-        elif isinstance(self.classifier.head, nn.Linear) and not pre_logits:
-            return self.classifier.head(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        elif self.num_classes and not pre_logits:
+            return self.classify(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         x = self.head_drop(x)
-        return x if pre_logits else self.classifier.head(x)
+        return x if pre_logits else self.classify(x)
+
+
+def squeeze_linears(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Give the weights of linears that a checkpoint stores as 1 x 1 convolutions their two dimensions."""
+    for name, module in model.named_modules():
+        weight = state_dict.get(f'{name}.weight') if isinstance(module, nn.Linear) else None
+        if weight is not None and weight.ndim == 4 and weight.shape[2:] == (1, 1):
+            state_dict[f'{name}.weight'] = weight[:, :, 0, 0]
+    return state_dict
 
 
 def _check_pool(global_pool: str) -> None:
@@ -287,7 +303,7 @@ def _new_head(features: int, num_classes: int, like: Tensor) -> nn.Module:
 
 
 def _run(model: nn.Module, blocks, x: Tensor) -> Tensor:
-    if model.grad_checkpointing and model.training and not torch.jit.is_scripting():
+    if model.grad_checkpointing and model.training and len(blocks) and not torch.jit.is_scripting():
         return checkpoint_seq(blocks, x)
     for block in blocks:
         x = block(x)

@@ -10,6 +10,7 @@ published checkpoints. Maps are channels-last (B, h, w, C) between modules: toke
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, to_2tuple, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_function
 from torch import Tensor, nn
-from zoo.backbones._features import PyramidMixin, TokenMixin, unwrap_checkpoint
+from zoo.backbones._features import PyramidMixin, TokenMixin, squeeze_linears, unwrap_checkpoint
 from zoo.kernels.gla import bidirectional_gla, gated_local_mix
 
 __all__ = ['HierViG', 'ViG', 'ViGMixer']
@@ -300,7 +301,7 @@ class ViG(TokenMixin, nn.Module):
                 table = table.unflatten(1, (side, side)).permute(0, 3, 1, 2).float()
                 table = F.interpolate(table, size=self.grid_size, mode='bicubic', align_corners=False)
                 state_dict['pos_embed'] = table.flatten(2).transpose(1, 2).to(self.pos_embed.dtype)
-        return _squeeze_linears(self, state_dict)
+        return squeeze_linears(self, state_dict)
 
     def embed(self, x: Tensor) -> Tensor:
         """Images (B, 3, H, W) to embedded tokens (B, h, w, C)."""
@@ -357,6 +358,9 @@ class HierViG(PyramidMixin, nn.Module):
         drop_path_rate: stochastic depth of the last block, rising linearly from 0.
     """
 
+    channels_last = True
+    classifier_name = 'classifier.head'
+
     def __init__(
         self,
         in_chans: int = 3,
@@ -411,6 +415,34 @@ class HierViG(PyramidMixin, nn.Module):
             elif isinstance(module, ViGMixer):
                 nn.init.xavier_uniform_(module.in_proj[0].weight, gain=XAVIER_GAIN)
 
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict:
+        last = (r'^classifier\.norm', (99999,))
+        if coarse:
+            return dict(stem=r'^patch_embed', blocks=[(r'^layers\.(\d+)', None), last])
+        blocks = [(r'^layers\.(\d+)\.downsample', (0,)), (r'^layers\.(\d+)\.blocks\.(\d+)', None), last]
+        return dict(stem=r'^patch_embed', blocks=blocks)
+
+    def stem(self, x: Tensor) -> Tensor:
+        return self.patch_embed(x)
+
+    def stage_parts(self) -> list[tuple[Sequence[nn.Module], Sequence[nn.Module]]]:
+        entries = [[], *([stage.downsample] for stage in self.layers[:-1])]
+        return [(entry, stage.blocks) for entry, stage in zip(entries, self.layers)]
+
+    def final(self, x: Tensor) -> Tensor:
+        return self.classifier.norm(x).permute(0, 3, 1, 2)
+
+    def intermediate_norm(self, x: Tensor) -> Tensor:
+        return self.classifier.norm(x)
+
+    def keep_stages(self, n: int) -> None:
+        self.layers = self.layers[:n]
+        self.layers[-1].downsample = None
+
+    def drop_final(self) -> None:
+        self.classifier.norm = nn.Identity()
+
     def token_mixers(self) -> list[tuple[str, str]]:
         """(module name, kind) of every token mixer."""
         kind = 'bidirectional gated linear attention (linear)'
@@ -420,15 +452,7 @@ class HierViG(PyramidMixin, nn.Module):
 
     def adapt_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Accept linears stored as 1 x 1 convolutions."""
-        return _squeeze_linears(self, state_dict)
-
-
-def _squeeze_linears(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    for name, module in model.named_modules():
-        weight = state_dict.get(f'{name}.weight') if isinstance(module, nn.Linear) else None
-        if weight is not None and weight.ndim == 4 and weight.shape[2:] == (1, 1):
-            state_dict[f'{name}.weight'] = weight[:, :, 0, 0]
-    return state_dict
+        return squeeze_linears(self, state_dict)
 
 
 def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ FORWARD, REVERSE, BOTH = 1, 2, 3
 SEGMENT = 512  # tokens
 MAX_SEGMENTS = 32
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SAFE_PARTS, SAFE_WARPS = 2, 4  # the sweep's safe form: pieces of a chunk, warps
 SAFE_GROUP = 8  # chunks that one program of the safe backward form looks at
 LIMIT = -100.0  # log 2 of the smallest gate product inside a chunk that the fast form takes
 
@@ -120,7 +121,8 @@ class Plan:
         mt, split = gate_types(q.dtype, None if g is None else g.dtype)
         vp = cfg.nv * cfg.bv
         self.state_dtype = torch.bfloat16 if ct.name == 'bf16' else torch.float32
-        self.state_shape = ((1 if self.sweep else kinds) * H * self.n_chunks, vp, cfg.bk)
+        scratch = SAFE_PARTS * self.n_chunks if self.sweep else kinds * self.n_chunks
+        self.state_shape = (scratch * H, vp, cfg.bk)
         self.total_shape = (2, kinds * H * self.n_chunks, cfg.bk)
         self.seg_shape = (kinds * H * self.n_segs, vp, cfg.bk)
 
@@ -151,6 +153,12 @@ class Plan:
         self.grid_chunks = (self.n_chunks * H, cfg.nv, 1)
         self.grid_sweep = (self.n_segs * H, cfg.nv, 1)
         self.out_shape = (B, T, H, V)
+
+    def parts(self, safe: bool) -> dict:
+        """Constants of the sweep: the safe form works on chunks cut into parts."""
+        parts = SAFE_PARTS if safe and self.sweep else 1
+        rows = self.cfg.bt // parts
+        return {'PARTS': parts, 'BT': rows, 'LEVELS': rows.bit_length() - 1}
 
 
 def _plan(q, k, v, gf, gb, do, init, dinit, cu_seqlens, dirs, final) -> Plan:
@@ -254,8 +262,10 @@ class _Run:
             consts = {}
             if interpreting() or code not in _compiled:
                 consts = plan.consts | {'SAFE': safe, 'GROUP': group, 'STAGES': 1 if safe else plan.cfg.ahead}
+                consts |= plan.parts(safe)
             size = grid if grid else (ceil_div(plan.n_chunks, group) * plan.H, 1, 1)
-            _launch(kernel, code, size, args, consts, plan.cfg.chunks)
+            options = _options(SAFE_WARPS, 3) if safe and plan.sweep else plan.cfg.chunks
+            _launch(kernel, code, size, args, consts, options)
 
 
 _empty: dict[torch.device, torch.Tensor] = {}

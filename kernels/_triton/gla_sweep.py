@@ -20,13 +20,14 @@ def gla_fwd_kernel_sweep(
     scale, T, nch, cps, nseg, n_chunks, n_segs,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     NV: tl.constexpr, LEVELS: tl.constexpr, GATE: tl.constexpr, VARLEN: tl.constexpr,
-    A: tl.constexpr, AG: tl.constexpr, LIMIT: tl.constexpr, SAFE: tl.constexpr,
+    A: tl.constexpr, AG: tl.constexpr, LIMIT: tl.constexpr, SAFE: tl.constexpr, PARTS: tl.constexpr,
     CT: tl.constexpr, PREC: tl.constexpr, MT: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Outputs of a segment. Program: (segment, head) x value block.
 
     The launch with `SAFE` off marks the programs whose gates pass `LIMIT` inside a chunk; the launch with it on, which
-    follows, computes those and leaves the others alone.
+    follows, computes those and leaves the others alone. It cuts each of the chunks that `cps`, `nch` and the segment
+    table count into `PARTS` of `BT` tokens: the safe form's work in a chunk grows with its square.
     """
     pid = tl.program_id(0)
     vb = tl.program_id(1)
@@ -50,8 +51,10 @@ def gla_fwd_kernel_sweep(
         first = (seg % nseg) * cps
         chunk0 = b * nch + first
         count = tl.minimum(nch - first, cps)
-        t_seg = first * BT
+        t_seg = first * (BT * PARTS)
         end = T
+    chunk0 *= PARTS
+    count *= PARTS
     b = tl.cast(b, tl.int64)
     t_seg = tl.cast(t_seg, tl.int64)
     VP: tl.constexpr = NV * BV
@@ -68,7 +71,7 @@ def gla_fwd_kernel_sweep(
     f_ptr = gf + (b * g_b + t_seg * g_t + h * g_h) * AG
     b_ptr = gb + (b * r_b + t_seg * r_t + h * r_h) * AG
     o_ptr = o + ((b * T + t_seg) * H + h) * V
-    scratch = states + ((h.to(tl.int64) * n_chunks + chunk0) * VP + vv[:, None]) * BK + kk[None, :]
+    scratch = states + ((h.to(tl.int64) * n_chunks * PARTS + chunk0) * VP + vv[:, None]) * BK + kk[None, :]
     rest = end - t_seg
 
     state = tl.zeros((BV, BK), dtype=tl.float32)
