@@ -43,8 +43,14 @@ class _Decoding(Dataset):
             return f'{type(error).__name__}: {error}', -1
 
 
+def _as_they_are(samples: list) -> list:
+    return samples
+
+
 class CachedSource:
     """A source whose samples are decoded once, into one block of memory that loader processes share.
+
+    `size` is height and width if all readable images share them, else None.
 
     Args:
         source: What to decode.
@@ -55,7 +61,8 @@ class CachedSource:
     def __init__(self, source: Source, mode: str, num_workers: int = 0) -> None:
         self.source, self.mode = source, mode
         self.errors: dict[int, str] = {}
-        loader = DataLoader(_Decoding(source, mode), batch_size=None, num_workers=num_workers)
+        # not torch's own collation: it would make a tensor, and a file of shared memory, of every image
+        loader = DataLoader(_Decoding(source, mode), batch_size=None, num_workers=num_workers, collate_fn=_as_they_are)
         samples = [sample for chunk in loader for sample in chunk]
         self.errors = {i: image for i, (image, _) in enumerate(samples) if isinstance(image, str)}
         images = [image for image, _ in samples if not isinstance(image, str)]
@@ -65,6 +72,8 @@ class CachedSource:
         self.starts = sizes.cumsum(0) - sizes
         self.pixels = torch.from_numpy(np.concatenate([image.reshape(-1) for image in images] or [np.empty(0, 'u1')]))
         self.targets = torch.tensor([target for _, target in samples], dtype=torch.long)
+        sizes = {image.shape[:2] for image in images}
+        self.size: tuple[int, int] | None = sizes.pop() if len(sizes) == 1 else None
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -79,12 +88,6 @@ class CachedSource:
         flat = self.pixels[start : start + height * width * _CHANNELS[self.mode]].numpy()
         shape = (height, width, 3) if self.mode == 'RGB' else (height, width)
         return Image.fromarray(flat.reshape(shape)), int(self.targets[index])
-
-    @property
-    def size(self) -> tuple[int, int] | None:
-        """Height and width if all readable images share them."""
-        found = {tuple(s) for i, s in enumerate(self.shapes.tolist()) if i not in self.errors}
-        return found.pop() if len(found) == 1 else None
 
     def gather(self, indices: Tensor) -> Tensor:
         """Images (B, C, H, W), uint8, of readable samples that share one size."""
