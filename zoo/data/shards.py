@@ -261,6 +261,8 @@ class TarShards(ImageData):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        if self.cache:
+            raise ZooError('tar shards are read as streams and cannot be kept in memory: leave out data.cache')
         self.patterns = {'train': train, 'val': val} | ({'test': test} if test else {})
         self.train_samples, self.label_key, self.shuffle_buffer = train_samples, label_key, shuffle_buffer
         self.class_names = class_names or [str(number) for number in range(num_classes)]
