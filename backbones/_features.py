@@ -265,15 +265,18 @@ class PyramidMixin(_CommonMixin):
             x = _run(self, blocks, _run(self, entry, x))
         return self.final(x)
 
+    def norm_pooled(self, x: Tensor) -> Tensor:
+        """Hook: a norm of the pooled features (B, C), or of the map (B, C, h, w) where nothing is pooled."""
+        return x
+
     def classify(self, x: Tensor) -> Tensor:
         """Pooled features (B, num_features), after dropout, to logits."""
         return self.get_classifier()(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Map (B, C, h, w) to logits, or to pooled features with `pre_logits`."""
-        if self.global_pool == 'avg':
-            x = x.mean((2, 3))
-        elif self.num_classes and not pre_logits:
+        x = self.norm_pooled(x.mean((2, 3)) if self.global_pool == 'avg' else x)
+        if not self.global_pool and self.num_classes and not pre_logits:
             return self.classify(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         x = self.head_drop(x)
         return x if pre_logits else self.classify(x)

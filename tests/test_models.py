@@ -20,8 +20,11 @@ import zoo
 from zoo.backbones._features import PyramidMixin
 
 ALL = zoo.list_models()
+# Less is asked of networks that differ from another only in their widths or their size of image.
+ALIKE = ['mobilemamba_t4', 'mobilemamba_s6', 'mobilemamba_b2', 'mobilemamba_b4', 'ravlt_small', 'ravlt_large']
+DISTINCT = [n for n in ALL if n not in ALIKE]
 SMALL = [n for n in ALL if n.startswith('test_')]
-RUN = SMALL + ['vig_tiny_patch16_224', 'vig_hier_tiny_224']
+RUN = SMALL + ['mobilemamba_t2', 'vig_tiny_patch16_224', 'vig_hier_tiny_224']
 TOKEN_MODELS = ['vig_tiny*', 'vig_small*', 'vig_base*', 'test_vig']
 
 
@@ -97,7 +100,7 @@ def test_training_and_evaluation_compute_the_same(name):
     x = images(batch=2)
     model.train()
     for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
+        if isinstance(module, (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d)):
             module.eval()
     torch.testing.assert_close(model(x), model.eval()(x))
 
@@ -122,7 +125,7 @@ def test_default_cfg(name):
     assert model.get_classifier() is model.get_submodule(cfg['classifier'])
 
 
-@pytest.mark.parametrize('name', ALL)
+@pytest.mark.parametrize('name', DISTINCT)
 def test_reset_classifier(name):
     model = meta(name)
     x = torch.zeros(1, 3, 64, 64, device='meta')
@@ -160,7 +163,7 @@ def test_features_only(name):
     assert [m.shape[1] for m in maps] == channels
     assert [tuple(m.shape[2:]) for m in maps] == [tuple(math.ceil(s / r) for s in size) for r in strides]
     if not is_token_model(name):
-        assert strides == [4, 8, 16, 32]
+        assert strides == ([16, 32, 64] if 'mobilemamba' in name else [4, 8, 16, 32])
 
 
 @pytest.mark.parametrize('name', SMALL)
@@ -178,7 +181,7 @@ def test_features_only_values(name):
                 torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize('name', ALL)
+@pytest.mark.parametrize('name', DISTINCT)
 def test_forward_intermediates_shapes(name):
     model = meta(name)
     info = FeatureInfo(model.feature_info, len(model.feature_info))
@@ -274,7 +277,7 @@ def test_layer_decay_groups(name):
     stem = scale[id(named[model.default_cfg['first_conv'] + '.weight'])]
     assert stem == min(scale.values()) < 0.5
     assert len(set(scale.values())) >= 4
-    blocks = [scale[id(p)] for n, p in named.items() if n.startswith(('blocks.', 'layers.')) and 'downsample' not in n]
+    blocks = [scale[id(p)] for n, p in named.items() if n.startswith(('blocks', 'layers.')) and 'downsample' not in n]
     assert blocks == sorted(blocks)
 
 
@@ -323,7 +326,7 @@ def test_fx_backward(name):
     assert not [n for n, p in model.named_parameters() if p.grad is None]
 
 
-@pytest.mark.parametrize('name', ALL)
+@pytest.mark.parametrize('name', DISTINCT)
 def test_other_channels_and_classes(name):
     model = meta(name, in_chans=1, num_classes=3)
     assert model(torch.zeros(1, 1, 64, 64, device='meta')).shape == (1, 3)
@@ -362,6 +365,9 @@ def test_autocast_trains(name, dtype):
         out = model(x)
     out.float().square().sum().backward()
     assert out.isfinite().all() and all(p.grad.isfinite().all() for p in model.parameters())
+    model.eval()  # batch statistics of two samples would blow up any difference
+    with torch.autocast('cpu', dtype):
+        out = model(x)
     torch.testing.assert_close(out.float(), model(x), rtol=0.1, atol=0.05)
 
 
