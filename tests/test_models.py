@@ -15,9 +15,9 @@ from timm.models import FeatureInfo, get_notrace_functions, get_notrace_modules
 from timm.optim import create_optimizer_v2
 from timm.optim._param_groups import param_groups_layer_decay
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+from zoo.backbones._features import PyramidMixin
 
 import zoo
-from zoo.backbones._features import PyramidMixin
 
 ALL = zoo.list_models()
 # Less is asked of networks that differ from another only in their widths or their size of image.
