@@ -25,14 +25,15 @@ def _outer(a: Tensor, b: Tensor) -> Tensor:
     return a.mT @ b
 
 
-def linear_attention_fwd(q: Tensor, k: Tensor, v: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Outputs (B, T, H, V), mean of k v^T (B, H, K, V) and mean of k (B, H, K), the means in fp32."""
+def linear_attention_fwd(q: Tensor, k: Tensor, v: Tensor, eps: float, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs (B, T, H, V); fp32 mean of k v^T (B, H, K, V) and of k (B, H, K), empty ones unless `keep`."""
     with torch.autocast(q.device.type, enabled=False):
         qs, ks, vs = _heads_first(q), _heads_first(k), _heads_first(v)
         share = 1.0 / max(q.shape[1], 1)
         kv, mean = _outer(ks, vs) * share, ks.sum(2) * share
         out = (qs @ kv) / (qs @ mean.unsqueeze(-1) + eps)
-        return _tokens_first(out, v), kv, mean
+        o = _tokens_first(out, v)
+        return (o, kv, mean) if keep else (o, kv.new_empty(0), mean.new_empty(0))
 
 
 def linear_attention_bwd(q, k, v, kv, mean, do, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,5 +107,12 @@ def rank_augmented_bwd(q, k, v, lepe, gate, kv, key, qbar, norm, dy, height: int
         dv = (turned_k * weights) @ dkv
         dqbar = (ks * dlogits).sum(2) / max(q.shape[1], 1)
         dq = (apply_rope(g @ kv.mT, cos, -sin) + u * row(key) + row(dqbar)) * qs.clamp_max(1)
-        dlepe = None if lepe is None else _tokens_first(dr, lepe)
+        # without a gate dr is dy itself, which an op must not return
+        dlepe = (
+            None
+            if lepe is None
+            else dy.clone(memory_format=torch.contiguous_format)
+            if gate is None
+            else _tokens_first(dr, lepe)
+        )
         return _tokens_first(dq, q), _tokens_first(dk, k), _tokens_first(dv, v), dlepe, dgate

@@ -72,14 +72,14 @@ def naive_rank_augmented(
 
 
 @torch.library.custom_op('zoo::linear_attention', mutates_args=())
-def _linear_op(q: Tensor, k: Tensor, v: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    return _implementation('linear_attention', q, k, v).linear_attention_fwd(q, k, v, eps)
+def _linear_op(q: Tensor, k: Tensor, v: Tensor, eps: float, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return _implementation('linear_attention', q, k, v).linear_attention_fwd(q, k, v, eps, keep)
 
 
 @_linear_op.register_fake
-def _(q, k, v, eps):
+def _(q, k, v, eps, keep):
     batch, _, heads, key_dim = q.shape
-    state = lambda *shape: q.new_empty(shape, dtype=_state_dtype(q))  # noqa: E731
+    state = lambda *shape: q.new_empty(shape if keep else 0, dtype=_state_dtype(q))  # noqa: E731
     return v.new_empty(v.shape), state(batch, heads, key_dim, v.shape[-1]), state(batch, heads, key_dim)
 
 
@@ -96,14 +96,14 @@ def _(q, k, v, kv, mean, do, eps):
 
 
 def _linear_setup(ctx, inputs, output):
-    q, k, v, eps = inputs
+    q, k, v, eps, _ = inputs
     ctx.save_for_backward(q, k, v, *output[1:])
     ctx.eps = eps
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _linear_backward(ctx, do, *_):
-    return *_linear_backward_op(*ctx.saved_tensors, do, ctx.eps), None
+    return *_linear_backward_op(*ctx.saved_tensors, do, ctx.eps), None, None
 
 
 _linear_op.register_autograd(_linear_backward, setup_context=_linear_setup)
@@ -182,6 +182,11 @@ def _implementation(family: str, q: Tensor, k: Tensor, v: Tensor):
     return module if _dispatch.select(family, q, unsupported=unsupported) == 'triton' else _torch_linear_attention
 
 
+def _differentiated(*tensors: Tensor | None) -> bool:
+    """Whether a backward pass may follow."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
 def _state_dtype(q: Tensor) -> torch.dtype:
     return torch.promote_types(q.dtype, torch.float32)
 
@@ -231,8 +236,8 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, eps: float = 1e-4) -> T
     if _dispatch.forced() == 'naive':
         return naive_linear_attention(q, k, v, eps=eps)
     if torch.compiler.is_exporting():
-        return _torch_linear_attention.linear_attention_fwd(q, k, v, eps)[0]
-    return _linear_op(q, k, v, float(eps))[0]
+        return _torch_linear_attention.linear_attention_fwd(q, k, v, eps, False)[0]
+    return _linear_op(q, k, v, float(eps), _differentiated(q, k, v))[0]
 
 
 def rank_augmented(

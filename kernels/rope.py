@@ -10,12 +10,14 @@ Source: RAVLT, arXiv 2411.07635 and its code (an exponent of t / (m - 1), not of
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 __all__ = ['apply_rope', 'axial_rope_tables']
 
-BASE = 10000.0
+LOG2_BASE = math.log2(10000.0)
 
 
 def axial_rope_tables(
@@ -38,11 +40,13 @@ def axial_rope_tables(
     if dim % 4:
         raise ValueError(f'axial_rope_tables: dim must be a multiple of 4, got {dim}')
     steps = dim // 4
-    exponents = torch.arange(steps, device=device, dtype=torch.float64) / max(steps - 1, 1)
-    frequencies = (BASE**-exponents).float().repeat_interleave(2)
-    rows, columns = (
-        torch.arange(n, device=device, dtype=torch.float32)[:, None] * frequencies for n in (height, width)
-    )
+    count = lambda n: torch.arange(n, device=device, dtype=torch.float32)  # noqa: E731
+    # An exponent rounded in fp32 would turn the 256th row by up to 1e-4: its leading bits are kept apart, exact.
+    exponent = LOG2_BASE / max(steps - 1, 1)
+    leading = round(exponent * 1024) / 1024
+    frequencies = torch.exp2(-leading * count(steps)) * torch.exp2((leading - exponent) * count(steps))
+    frequencies = frequencies.repeat_interleave(2)
+    rows, columns = count(height)[:, None] * frequencies, count(width)[:, None] * frequencies
     # Trigonometry on one row and one column of the grid only, then spread over it.
     tables = []
     for function in (torch.cos, torch.sin):
