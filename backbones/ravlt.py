@@ -5,11 +5,13 @@ Weights: aldjalkdf/RAVLT on the Hugging Face hub (MIT); reference: qhfan/RALA.
 
 Module names are the keys of the published checkpoints, and 1 x 1 convolutions keep their 4-D weights. Between stages
 and inside them maps are channels-last (B, h, w, C): tokens and pixels are the same memory, a 1 x 1 convolution is a
-matrix product, and nothing is transposed. Sizes may be odd: every strided convolution gives ceil(n / 2).
+matrix product, and nothing is transposed. Sizes may be odd: every strided convolution gives ceil(n / 2). Under
+autocast the residual stream has autocast's dtype, except that fp16 widens it to fp32 where there are layer scales.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -19,6 +21,7 @@ from timm.layers import DropPath, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_function
 from torch import Tensor, nn
 from zoo.backbones._features import PyramidMixin, squeeze_linears, unwrap_checkpoint
+from zoo.backbones._layers import LayerNorm, add_pending, add_then_norm, draw_drop_path
 from zoo.kernels.depthwise_conv import DepthwiseConv2d, depthwise_conv2d
 from zoo.kernels.linear_attention import rank_augmented
 from zoo.kernels.rope import apply_rope, axial_rope_tables
@@ -55,15 +58,9 @@ class Pointwise(nn.Conv2d):
         return F.linear(x, weight, self.bias) if scale is None else scaled_linear(x, weight, self.bias, scale.flatten())
 
 
-class ChannelNorm(nn.Module):
+def _channel_norm(dim: int, **dd) -> nn.Module:
     """LayerNorm over the channels of (..., C), one level deeper as the published keys have it."""
-
-    def __init__(self, dim: int, device=None, dtype=None):
-        super().__init__()
-        self.norm = nn.LayerNorm(dim, eps=1e-6, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x)
+    return nn.Sequential(OrderedDict(norm=LayerNorm(dim, eps=1e-6, **dd)))
 
 
 class GatedAttention(nn.Module):
@@ -178,9 +175,9 @@ class RAVLTBlock(nn.Module):
         super().__init__()
         dd = dict(device=device, dtype=dtype)
         self.pos = DepthwiseConv2d(dim, 3, residual=True, nhwc=True, **dd)
-        self.norm1 = ChannelNorm(dim, **dd)
+        self.norm1 = _channel_norm(dim, **dd)
         self.attn = attn
-        self.norm2 = ChannelNorm(dim, **dd)
+        self.norm2 = _channel_norm(dim, **dd)
         self.ffn = ConvFFN(dim, hidden, **dd)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
         self.gamma_1 = self.gamma_2 = None
@@ -190,8 +187,9 @@ class RAVLTBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.pos(x)
-        x = x + self.drop_path(self.attn(self.norm1(x), self.gamma_1))
-        return x + self.drop_path(self.ffn(self.norm2(x), self.gamma_2))
+        mixed = draw_drop_path(self.drop_path, self.attn(self.norm1(x), self.gamma_1))
+        y, x = add_then_norm(self.norm2.norm, x, mixed)
+        return add_pending(x, draw_drop_path(self.drop_path, self.ffn(y, self.gamma_2)))
 
 
 def rope_angles(head_dim: int) -> Tensor:
