@@ -12,7 +12,6 @@ import math
 
 import torch
 from torch import Tensor
-
 from zoo.kernels._triton._common import alignment, ceil_div, compute_types, interpreting, launch, next_power
 from zoo.kernels._triton.selective_scan_kernels import (
     selective_scan_2d_kernel_backward,

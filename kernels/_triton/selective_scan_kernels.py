@@ -2,7 +2,6 @@
 
 import triton
 import triton.language as tl
-
 from zoo.kernels._triton.selective_scan_tiles import backward_pass, forward_pass
 
 _SIZES = ['T', 'height', 'width', 'R', 'channels', 'blocks', 'batch', 'every', 'stretches', 'columns', 'groups']

@@ -12,7 +12,6 @@ state, add nothing). States (NP, BD) are picked by masked sums, which are free, 
 
 import triton
 import triton.language as tl
-
 from zoo.kernels._triton._common import LOG2E, mm
 
 
