@@ -142,6 +142,14 @@ def takes_triton(family: str, x: torch.Tensor) -> bool:
     return not exporting() and _ready(family, x.device, x.dtype, _forced)
 
 
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """The dtype in which autocast computes on this tensor's device, or None where it is off."""
+    kind = x.device.type
+    if kind == 'meta' or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
 def explain(family: str, device: str) -> str:
     """One line for bug reports: the path that `family` takes on `device` and why."""
     if _forced != 'auto':

@@ -3,7 +3,7 @@
 A call of a `torch.library` custom op costs 30 to 70 us of Python, more than a small kernel takes. Plain eager tensors
 need none of what it adds, so they go straight to the kernel's host code: without gradients as a function call, with
 gradients through a `torch.autograd.Function` of the same two functions. Under `torch.compile`, export, fake tensors,
-FLOP counters, functorch transforms and forward-mode AD the custom op is called.
+FLOP counters, meta tensors, functorch transforms and forward-mode AD the custom op is called.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ def plain_eager(x: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and type(x) in _PLAIN
+        and not x.is_meta
         and not _modes()
         and _functorch() is None
         and forward_ad._current_level < 0
@@ -59,7 +60,7 @@ class Op:
         if backward is not None:
             self.custom.register_autograd(backward, setup_context=setup)
 
-            # The form with a separate `setup_context` method binds its arguments by signature, in Python, at every call.
+            # The form with a separate `setup_context` method binds its arguments by signature at every call: 25 us.
             def forward_and_setup(ctx, *args):
                 output = forward(*args)
                 setup(ctx, args, output)

@@ -19,7 +19,6 @@ per direction and batch entry, whatever the implementation really does.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 from zoo.kernels import _dispatch, _torch_gla

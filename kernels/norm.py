@@ -6,9 +6,9 @@ For every row of C channels, in fp32 (fp64 for fp64 input):
     RMSNorm    y = s / sqrt(mean(s^2) + eps) * weight
     LayerNorm  y = (s - mean(s)) / sqrt(var(s) + eps) * weight + bias
 
-`x` (..., C) is the output of a branch, `residual` (..., C) the stream it is added to, gamma (C,) LayerScale's factor per
-channel (arXiv 2103.17239) and sample_scale (B,) stochastic depth's factor per sample (arXiv 1603.09382). RMSNorm is that
-of arXiv 1910.07467. A pre-norm network reads a branch and the stream once and writes the new stream and the next
+`x` (..., C) is the output of a branch, `residual` (..., C) the stream it is added to, gamma (C,) LayerScale's factor
+per channel (arXiv 2103.17239), sample_scale (B,) stochastic depth's factor per sample (arXiv 1603.09382). RMSNorm is
+that of arXiv 1910.07467. A pre-norm network reads a branch and the stream once, and writes the new stream and the next
 branch's input once.
 
 FLOP convention: none are counted, as for PyTorch's own norms.
@@ -161,10 +161,8 @@ def _norm(name, x, residual, gamma, sample_scale, weight, bias, eps, center, dty
     if sample_scale is not None and sample_scale.numel() != x.shape[0]:
         raise ValueError(f'{name}: sample_scale must have {x.shape[0]} elements, got {sample_scale.numel()}')
     if dtype is None:
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        if residual is not None and not torch.is_autocast_enabled(kind):
-            dtype = torch.promote_types(x.dtype, residual.dtype)
+        wider = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+        dtype = wider if wider == torch.float64 else _dispatch.autocast_dtype(x) or wider
     args = (x, residual, gamma, sample_scale, weight, bias, eps, center, dtype)
     if _dispatch.forced() == 'naive':
         y, stream = naive_norm(*args)

@@ -11,7 +11,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from zoo.kernels._triton._common import (
-    ceil_div, compute_types, launch, load_tile, mm, next_power, programs, store_tile, token_rows,
+    ceil_div,
+    compute_types,
+    launch,
+    load_tile,
+    mm,
+    next_power,
+    programs,
+    store_tile,
+    token_rows,
 )  # fmt: skip
 
 MAX_RANK = 64
