@@ -44,13 +44,13 @@ class _CommonMixin:
     """What tokens and pyramids share; loading errors name a handful of keys and shapes, not all of them."""
 
     def load_state_dict(self, state_dict: Mapping, strict: bool = True, assign: bool = False):
-        """Load weights.
+        """Load weights, bare or in a checkpoint.
 
         Raises:
             RuntimeError: if keys or shapes do not fit, listing the first few of each kind.
         """
         own = self.state_dict()
-        fitted = self.adapt_state_dict(dict(state_dict))
+        fitted = self.adapt_state_dict(unwrap_checkpoint(state_dict))
         shapes = [
             f'{k}: file {tuple(fitted[k].shape)}, model {tuple(own[k].shape)}'
             for k in fitted
@@ -267,15 +267,18 @@ class PyramidMixin(_CommonMixin):
             x = _run(self, blocks, _run(self, entry, x))
         return self.final(x)
 
+    def norm_pooled(self, x: Tensor) -> Tensor:
+        """Hook: a norm of the pooled features (B, C), or of the map (B, C, h, w) where nothing is pooled."""
+        return x
+
     def classify(self, x: Tensor) -> Tensor:
         """Pooled features (B, num_features), after dropout, to logits."""
         return self.get_classifier()(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Map (B, C, h, w) to logits, or to pooled features with `pre_logits`."""
-        if self.global_pool == 'avg':
-            x = x.mean((2, 3))
-        elif self.num_classes and not pre_logits:
+        x = self.norm_pooled(x.mean((2, 3)) if self.global_pool == 'avg' else x)
+        if not self.global_pool and self.num_classes and not pre_logits:
             return self.classify(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         x = self.head_drop(x)
         return x if pre_logits else self.classify(x)

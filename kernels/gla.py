@@ -303,7 +303,7 @@ def gated_linear_attention(
             reverse=reverse,
             cu_seqlens=cu_seqlens,
         )
-    if torch.compiler.is_exporting():
+    if _dispatch.exporting():
         _no_packing_in_export(cu_seqlens)
         o, state = _torch_gla.export_gla(q, k, v, [(g, reverse)], scale, initial_state)
         return o, state if output_final_state else None
@@ -349,7 +349,7 @@ def bidirectional_gla(
     if _dispatch.forced() == 'naive':
         kwargs = dict(scale=scale, cu_seqlens=cu_seqlens)
         return naive_gla(q, k, v, g_fwd, **kwargs)[0] + naive_gla(q, k, v, g_bwd, reverse=True, **kwargs)[0]
-    if torch.compiler.is_exporting():
+    if _dispatch.exporting():
         _no_packing_in_export(cu_seqlens)
         return _torch_gla.export_gla(q, k, v, [(g_fwd, False), (g_bwd, True)], scale, None)[0]
     return _bidirectional_op(q, k, v, g_fwd, g_bwd, float(scale), cu_seqlens)

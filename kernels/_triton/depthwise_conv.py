@@ -17,13 +17,12 @@ registers over many tiles; a last kernel adds the shares up in a fixed order.
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from zoo.kernels._triton._common import LOG2E, alignment, ceil_div
+from zoo.kernels._triton._common import LOG2E, alignment, ceil_div, launch
 
 THREADS = 128
 PROGRAMS = 1056  # enough to fill a GPU
@@ -345,23 +344,6 @@ def cut(x: torch.Tensor, cfg: Config, unit: int) -> Tiles:
     return Tiles(bn, bc, r, wide * rows, blocks, (H, W, C // unit, groups, columns, r, rows, blocks))
 
 
-def _launch(kernel, grid: tuple, *args, **consts) -> None:
-    kernel[grid](*args, **consts, num_warps=4)
-
-
-def _on_device_of_first(function):
-    """Triton launches on the current device, which need not be that of the tensors."""
-
-    @functools.wraps(function)
-    def wrapped(x, *args):
-        if not x.is_cuda or x.device.index == torch.cuda.current_device():
-            return function(x, *args)
-        with torch.cuda.device(x.device):
-            return function(x, *args)
-
-    return wrapped
-
-
 def _channels_last(x: torch.Tensor) -> torch.Tensor:
     """The map with contiguous channels: views into wider maps pass as they are, other layouts are copied."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
@@ -375,6 +357,12 @@ def _taps(weight: torch.Tensor, columns: int) -> torch.Tensor:
     return taps
 
 
+def _unit(*maps: torch.Tensor) -> int:
+    """The largest power of two up to 16 that divides the number of channels and all strides: see `alignment`."""
+    bits = alignment(*maps) | maps[0].shape[-1]
+    return bits & -bits
+
+
 def _strides(x: torch.Tensor, unit: int) -> list[int]:
     return [s // unit for s in x.stride()[:3]]
 
@@ -384,19 +372,17 @@ def _out(x, taps, bias, dy, residual, activation, pre_activation, dtype, K):
     B, H, W, C = x.shape
     out = torch.empty(B, H, W, C, dtype=dtype, device=x.device)
     cfg = FORWARD[K] if pre_activation is None else Config(4 if W % 4 == 0 else 2, 2 if K == 3 else 1, 1)
-    unit = alignment(x, out) if dy is None else alignment(x, out, dy)
+    unit = _unit(x) if dy is None else _unit(x, dy)
     tiles = cut(x, cfg, unit)
-    grad = x if dy is None else dy
-    _launch(
-        depthwise_kernel_out, (tiles.count * tiles.blocks,), x, taps, x if bias is None else bias, grad, out,
-        *_strides(x, unit), *_strides(grad, unit), *tiles.sizes,
+    consts = dict(
         K=K, M=cfg.m, D=cfg.ahead, BN=tiles.bn, BC=tiles.bc, A=unit, WHOLE=C % tiles.bc == 0, BIAS=bias is not None,
         ACT=activation, PRE=pre_activation, RESIDUAL=residual, GRAD=dy is not None,
     )  # fmt: skip
+    sizes = *_strides(x, unit), *_strides(x if dy is None else dy, unit), *tiles.sizes
+    launch(depthwise_kernel_out, (tiles.count * tiles.blocks, 1, 1), (x, taps, bias, dy, out), sizes, consts)
     return out
 
 
-@_on_device_of_first
 def depthwise_conv2d_fwd(x, weight, bias, residual, activation, pre_activation, out_dtype):
     """activation(conv(u) + bias) (+ u) with u = pre_activation(x).
 
@@ -420,7 +406,6 @@ def depthwise_conv2d_fwd(x, weight, bias, residual, activation, pre_activation, 
     return _out(x, taps, bias, None, residual, activation, pre_activation, out_dtype, K)
 
 
-@_on_device_of_first
 def depthwise_conv2d_bwd(x, weight, bias, dy, residual, activation, pre_activation):
     """Gradients (dx, dweight, dbias or None) for dy (B, H, W, C); other arguments as `depthwise_conv2d_fwd`."""
     x, dy = _channels_last(x), _channels_last(dy)
@@ -438,19 +423,20 @@ def depthwise_conv2d_bwd(x, weight, bias, dy, residual, activation, pre_activati
         g = _out(x, taps, bias, dy, residual, activation, pre_activation, dy.dtype, K)
 
     cfg = BACKWARD[K]
-    unit = alignment(x, g, dy, dx)
+    unit = _unit(x, g, dy)
     tiles = cut(x, cfg, unit)
     share = ceil_div(tiles.count, ceil_div(PROGRAMS, tiles.blocks))
     programs = ceil_div(tiles.count, share)
     shares = torch.empty(programs, K * K + 1, padded, dtype=torch.float32, device=x.device)
-    _launch(
-        depthwise_kernel_gradients, (programs * tiles.blocks,), x, taps, g, dy, dx, shares,
-        *_strides(x, unit), *_strides(g, unit), *_strides(dy, unit), *tiles.sizes, tiles.count, share,
+    skip = residual and activation is not None
+    consts = dict(
         K=K, M=cfg.m, D=cfg.ahead, BN=tiles.bn, BC=tiles.bc, A=unit, WHOLE=C % tiles.bc == 0, PRE=pre_activation,
-        FOLD=residual and activation is None, SKIP=residual and activation is not None,
+        FOLD=residual and not skip, SKIP=skip,
     )  # fmt: skip
-    _launch(
-        depthwise_kernel_reduce, (ceil_div(C, 32), K * K + 1), shares, dweight, dweight if dbias is None else dbias,
-        programs, C, padded, TAPS=K * K, BP=64, BC=32, BIAS=bias is not None,
-    )  # fmt: skip
+    sizes = *_strides(x, unit), *_strides(g, unit), *_strides(dy, unit), *tiles.sizes, tiles.count, share
+    tensors = x, taps, g, dy if skip else None, dx, shares
+    launch(depthwise_kernel_gradients, (programs * tiles.blocks, 1, 1), tensors, sizes, consts)
+    consts = dict(TAPS=K * K, BP=64, BC=32, BIAS=bias is not None)
+    grid = ceil_div(C, 32), K * K + consts['BIAS'], 1
+    launch(depthwise_kernel_reduce, grid, (shares, dweight, dbias), (programs, C, padded), consts)
     return dx, dweight, dbias
