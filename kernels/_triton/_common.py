@@ -81,6 +81,7 @@ def interpreting() -> bool:
     return bool(knobs.runtime.interpret)
 
 
+@functools.cache
 def compute_types(dtype: torch.dtype) -> tuple[tl.dtype, str]:
     """Operand type and precision of the matrix products for inputs of `dtype`.
 
@@ -180,7 +181,7 @@ def launch(kernel, grid: tuple, tensors: tuple, sizes: tuple, consts: dict, warp
             ends |= x.data_ptr()
             types.append(x.dtype)
     values = tuple(consts.values())
-    key = (kernel, device, ends % 16, warps, stages, values, *types)
+    key = (kernel.fn, device, ends % 16, warps, stages, values, *types)
     found = _launched.get(key)
     if found is not None:
         found[grid](*tensors, *sizes, *values)
