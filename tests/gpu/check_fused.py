@@ -112,10 +112,12 @@ def check(say, shard: tuple[int, int] = (0, 1), dtypes: list[torch.dtype] = (tor
                 if i % shard[1] != shard[0]:
                     continue
                 expected = results(function, tensors, 'naive', torch.float64)
+                # A stream in half precision is rounded before its statistics: two roundings for one.
+                loose = family is gate_cases or f'stream {dtype}' in label
                 good, errors = verdict(
                     lambda f=function, t=tensors: results(f, t, 'triton', None),
                     expected,
-                    LIMITS[dtype][family is gate_cases],
+                    LIMITS[dtype][loose],
                     (label, dtype),
                 )
                 bad += not good
