@@ -126,6 +126,30 @@ def next_power(n: int, least: int = 16) -> int:
     return max(least, 1 << (n - 1).bit_length())
 
 
+def token_rows(x: torch.Tensor, dims: int = 1) -> tuple[torch.Tensor, int]:
+    """A tensor whose last `dims` dimensions are contiguous and whose others are rows at one distance, and the distance.
+
+    Slices of a fused projection pass as they are; anything else is copied.
+    """
+    shape, stride = x.shape, x.stride()
+    lead = x.dim() - dims
+    size = 1
+    for i in range(x.dim() - 1, lead - 1, -1):
+        if shape[i] != 1 and stride[i] != size:
+            return x.contiguous(), shape[lead:].numel()
+        size *= shape[i]
+    distance = None
+    for i in range(lead - 1, -1, -1):
+        if shape[i] == 1:
+            continue
+        if distance is None:
+            distance = step = stride[i]
+        elif stride[i] != step:
+            return x.contiguous(), size
+        step *= shape[i]
+    return x, size if distance is None else distance
+
+
 _launched: dict[tuple, tuple] = {}
 
 
