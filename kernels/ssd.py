@@ -302,7 +302,7 @@ def ssd(
             output_final_state=output_final_state,
             cu_seqlens=cu_seqlens,
         )
-    if torch.compiler.is_exporting():
+    if _dispatch.exporting():
         if cu_seqlens is not None:
             raise ValueError('cu_seqlens cannot be exported: pass one sequence per batch row instead')
         y, state = _torch_ssd.export_ssd(x, dt, A, B, C, D, initial_state)
@@ -342,7 +342,7 @@ def ssd_step(
     """
     _check('ssd_step', x, dt, A, B, C, D, 'B')
     state = _checked_state('ssd_step: state', state, x.shape[0], x, B)
-    if _dispatch.forced() == 'naive' or torch.compiler.is_exporting():
+    if _dispatch.forced() == 'naive' or _dispatch.exporting():
         return _torch_ssd.ssd_step(x, dt, A, B, C, state, D)
     return _step_op(x, dt, A, B, C, state, D)
 
@@ -373,6 +373,6 @@ def ssd_step_(
         raise ValueError(f'ssd_step_: state must be contiguous and {_state_dtype(x)}, got {state.dtype}')
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, dt, A, B, C, state, D)):
         raise ValueError('ssd_step_ has no gradient: use ssd_step, or torch.no_grad()')
-    if _dispatch.forced() == 'naive' or torch.compiler.is_exporting():
+    if _dispatch.forced() == 'naive' or _dispatch.exporting():
         return _torch_ssd.ssd_step_(x, dt, A, B, C, state, D)
     return _step_inplace_op(x, dt, A, B, C, state, D)

@@ -21,7 +21,7 @@ FORWARD, REVERSE, BOTH = 1, 2, 3
 SEGMENT = 512  # tokens
 MAX_SEGMENTS = 32
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-SAFE_PARTS, SAFE_WARPS = 2, 4  # the sweep's safe form: pieces of a chunk, warps
+SAFE_PARTS, SAFE_WARPS = 4, 1  # the sweep's safe form: pieces of a chunk, warps
 SAFE_GROUP = 8  # chunks that one program of the safe backward form looks at
 LIMIT = -100.0  # log 2 of the smallest gate product inside a chunk that the fast form takes
 
