@@ -1,18 +1,19 @@
 """Depthwise 2D convolution of channels-last maps on GPUs, forward and backward.
 
-One program makes R rows of BN column groups by BC channels; a group is M neighbouring columns of one image, and groups
-are numbered through the whole batch, so that a width that is no power of two wastes nothing. Each thread owns a few
-neighbouring channels of one group and keeps its R x M sums in registers. Inputs come column by column: a column of
-R + k - 1 values serves every output of the group that it reaches, and the other reads of the same value, by the
-neighbouring groups, hit the first-level cache. All loads stand before all stores, so many are under way at once.
+A group is M neighbouring columns of one image; groups are numbered through the whole batch, so that a width that is no
+power of two wastes nothing. A program takes BN groups by BC channels, each thread a few neighbouring channels of one
+group, and walks down R rows. A row is read once per thread, M + k - 1 values, and goes into the k x M sums that it
+reaches, which stay in registers with the weight; then the oldest M sums are done. The reads that neighbouring groups
+share hit the first-level cache. The rows after it are under way already: nothing else hides the latency of memory.
 
 The backward pass needs the gradient g of the convolution's result: dy itself, or with an activation dy * act'(z), which
 a forward pass with recomputed z writes. One kernel then reads g once for both gradients,
 
     du[h, w] = sum_ij weight[i, j] g[h - i + p, w - j + p]        dweight[i, j] = sum_hw u[h, w] g[h - i + p, w - j + p]
 
-because both use the same shifts of g and no shift of u. Its programs keep their share of the weight's gradient in
-registers over many tiles; a last kernel adds the shares up in a fixed order.
+because both use the same shifts of g and no shift of u: a row of g meets the k rows of u and of du that it reaches. Its
+programs keep their share of the weight's gradient in registers over many tiles; a last kernel adds the shares up in a
+fixed order.
 """
 
 from __future__ import annotations
@@ -301,17 +302,20 @@ def depthwise_kernel_reduce(
 class Config(NamedTuple):
     """Sizes of one kernel's tiles.
 
-    m: columns of a group; each: numbers of a tile per thread; ahead: rows whose loads are under way.
+    m: columns of a group; each: numbers of a tile per thread; ahead: rows whose loads are under way; registers: most
+    per thread, where the compiler alone would take so many that too few programs fit.
     """
 
     m: int
     each: int
     ahead: int
+    registers: int | None = None
 
 
-# By kernel size.
-FORWARD = {1: Config(2, 4, 2), 3: Config(2, 4, 2), 5: Config(2, 2, 1), 7: Config(2, 1, 1)}
-BACKWARD = {1: Config(2, 2, 1), 3: Config(2, 2, 1), 5: Config(2, 1, 1), 7: Config(1, 1, 1)}
+# By kernel size. Wide groups where every value that is read goes through an activation first.
+FORWARD = {1: Config(2, 4, 2), 3: Config(4, 2, 2, 96), 5: Config(2, 2, 2, 128), 7: Config(4, 1, 1)}
+FORWARD_GELU = {1: Config(4, 2, 1), 3: Config(4, 2, 1), 5: Config(4, 1, 1), 7: Config(2, 1, 1)}
+BACKWARD = {1: Config(2, 2, 1), 3: Config(2, 2, 2, 128), 5: Config(2, 1, 1, 128), 7: Config(1, 1, 1, 168)}
 
 
 def block(C: int) -> int:
@@ -371,7 +375,9 @@ def _out(x, taps, bias, dy, residual, activation, pre_activation, dtype, K):
     """The forward kernel; with dy the gradient of conv(u) + bias."""
     B, H, W, C = x.shape
     out = torch.empty(B, H, W, C, dtype=dtype, device=x.device)
-    cfg = FORWARD[K] if pre_activation is None else Config(4 if W % 4 == 0 else 2, 2 if K == 3 else 1, 1)
+    cfg = (FORWARD if pre_activation is None else FORWARD_GELU)[K]
+    if dy is not None:
+        cfg = cfg._replace(registers=None)  # one more map to read
     unit = _unit(x) if dy is None else _unit(x, dy)
     tiles = cut(x, cfg, unit)
     consts = dict(
@@ -379,7 +385,8 @@ def _out(x, taps, bias, dy, residual, activation, pre_activation, dtype, K):
         ACT=activation, PRE=pre_activation, RESIDUAL=residual, GRAD=dy is not None,
     )  # fmt: skip
     sizes = *_strides(x, unit), *_strides(x if dy is None else dy, unit), *tiles.sizes
-    launch(depthwise_kernel_out, (tiles.count * tiles.blocks, 1, 1), (x, taps, bias, dy, out), sizes, consts)
+    grid = tiles.count * tiles.blocks, 1, 1
+    launch(depthwise_kernel_out, grid, (x, taps, bias, dy, out), sizes, consts, registers=cfg.registers)
     return out
 
 
@@ -435,7 +442,8 @@ def depthwise_conv2d_bwd(x, weight, bias, dy, residual, activation, pre_activati
     )  # fmt: skip
     sizes = *_strides(x, unit), *_strides(g, unit), *_strides(dy, unit), *tiles.sizes, tiles.count, share
     tensors = x, taps, g, dy if skip else None, dx, shares
-    launch(depthwise_kernel_gradients, (programs * tiles.blocks, 1, 1), tensors, sizes, consts)
+    grid = programs * tiles.blocks, 1, 1
+    launch(depthwise_kernel_gradients, grid, tensors, sizes, consts, registers=cfg.registers)
     consts = dict(TAPS=K * K, BP=64, BC=32, BIAS=bias is not None)
     grid = ceil_div(C, 32), K * K + consts['BIAS'], 1
     launch(depthwise_kernel_reduce, grid, (shares, dweight, dbias), (programs, C, padded), consts)
