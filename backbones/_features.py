@@ -13,6 +13,7 @@ from timm.layers import trunc_normal_
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
+from zoo.backbones._layers import Pending, PreNormBlock, add_pending, add_then_norm
 
 __all__ = ['PyramidMixin', 'TokenMixin', 'squeeze_linears', 'unwrap_checkpoint']
 
@@ -157,7 +158,8 @@ class TokenMixin(_CommonMixin):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, 3, H, W) to normalised tokens (B, h w, C)."""
-        return self.norm(_run(self, self.blocks, self.embed(x))).flatten(1, 2)
+        y, _ = add_then_norm(self.norm, *_run_pending(self, self.blocks, self.embed(x)))
+        return y.flatten(1, 2)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens (B, h w, C) to logits, or to pooled features with `pre_logits`."""
@@ -306,8 +308,17 @@ def _new_head(features: int, num_classes: int, like: Tensor) -> nn.Module:
 
 
 def _run(model: nn.Module, blocks, x: Tensor) -> Tensor:
+    return add_pending(*_run_pending(model, blocks, x))
+
+
+def _run_pending(model: nn.Module, blocks, x: Tensor) -> tuple[Tensor, Pending | None]:
+    """The stream after the blocks, and what of the last one is still to be added to it."""
     if model.grad_checkpointing and model.training and len(blocks) and not torch.jit.is_scripting():
-        return checkpoint_seq(blocks, x)
+        return checkpoint_seq(blocks, x), None
+    pending = None
     for block in blocks:
-        x = block(x)
-    return x
+        if isinstance(block, PreNormBlock) and block.takes_pending():
+            x, pending = block.run_pending(x, pending)
+        else:
+            x, pending = block(add_pending(x, pending)), None
+    return x, pending

@@ -75,6 +75,14 @@ def _why_not_triton(family: str, tensors: tuple[torch.Tensor, ...], unsupported:
     return unsupported
 
 
+def exporting() -> bool:
+    """Whether torch.export or an ONNX export traces the code, which then takes plain torch operations.
+
+    `torch.compiler.is_exporting()` itself is true in every compiled program before torch 2.12: Dynamo folds it.
+    """
+    return torch.compiler._is_exporting_flag
+
+
 def forced() -> str:
     """The backend set by `kernel_backend`, `auto` by default."""
     return _forced
@@ -131,7 +139,15 @@ def takes_triton(family: str, x: torch.Tensor) -> bool:
     Raises:
         RuntimeError: if `kernel_backend('triton')` is forced and Triton cannot run.
     """
-    return not torch.compiler.is_exporting() and _ready(family, x.device, x.dtype, _forced)
+    return not exporting() and _ready(family, x.device, x.dtype, _forced)
+
+
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """The dtype in which autocast computes on this tensor's device, or None where it is off."""
+    kind = x.device.type
+    if kind == 'meta' or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 def explain(family: str, device: str) -> str:

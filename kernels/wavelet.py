@@ -58,7 +58,7 @@ def haar_analysis(x: Tensor) -> Tensor:
 def haar_synthesis(y: Tensor) -> Tensor:
     """W^T: (B, 4C, h, w) to (B, C, 2h, 2w), in channels-last memory but for exported programs."""
     rows, channel = 2, 1
-    if not torch.compiler.is_exporting():
+    if not _dispatch.exporting():
         y, rows, channel = y.permute(0, 2, 3, 1), 1, 3  # stacking writes memory in the order of dimensions
     total, vertical, horizontal, both = y.chunk(4, channel)
     a, b, c, d = total + horizontal, total - horizontal, vertical + both, vertical - both
@@ -94,7 +94,7 @@ def wavelet_conv2d(x: Tensor, weight: Tensor) -> Tensor:
     if not (isinstance(height, int) and isinstance(width, int)) or bottom or right:
         x = F.pad(x, (0, right, 0, bottom))
     bands = haar_analysis(x)
-    if torch.compiler.is_exporting():
+    if _dispatch.exporting():
         bands = F.conv2d(bands, weight, padding=weight.shape[-1] // 2, groups=weight.shape[0])
     else:
         bands = depthwise_conv2d(bands.permute(0, 2, 3, 1), weight).permute(0, 3, 1, 2)

@@ -17,7 +17,7 @@ import zoo
 from zoo.errors import ZooError
 from zoo.tools._load import build
 
-KINDS = ['test_vig', 'test_vig_hier', 'test_mobilemamba']
+KINDS = ['test_vig', 'test_vig_hier', 'test_ravlt', 'test_mobilemamba']
 REVISION = 'af36a61ec24f7a35dd043cae3d1ec6216cc72c7b'  # of hustvl/ViG, whose files the models name
 PARITY = Path(__file__).parent / 'parity'
 
@@ -68,7 +68,7 @@ def run_offline(code, home):
     return subprocess.run([sys.executable, '-c', textwrap.dedent(code)], env=env, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize('name', ['vig_tiny_patch16_224', 'vig_hier_tiny_224', 'mobilemamba_t2'])
+@pytest.mark.parametrize('name', ['vig_tiny_patch16_224', 'vig_hier_tiny_224', 'ravlt_tiny', 'mobilemamba_t2'])
 def test_from_the_hub_cache_offline(name, tmp_path):
     """`pretrained=True` reads the authors' file, wrapped as they published it, and gives the recorded logits."""
     manifest = json.loads((PARITY / f'{name}.json').read_text())
@@ -228,7 +228,7 @@ def test_wrong_file_gives_a_short_list(kind, route, tmp_path):
 
 def test_wrong_shapes_are_named(kind, source, tmp_path):
     weights = source.state_dict()
-    key = next(k for k in weights if k.endswith(('qkv_proj.weight', 'pw1.c.weight')))
+    key = next(k for k in weights if k.endswith(('qkv_proj.weight', 'qkvo.weight', 'pw1.c.weight')))
     weights[key] = weights[key][:-2]
     torch.save(weights, tmp_path / 'w.pth')
     with pytest.raises(RuntimeError, match=key) as error:

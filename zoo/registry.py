@@ -27,6 +27,7 @@ CAPABILITIES = {
 # One line per file in backbones/. `pretrained` is a property of single models and comes from their weight entries.
 _FAMILIES = {
     'mobilemamba': frozenset({'features_only', 'export', 'dense'}),
+    'ravlt': frozenset({'features_only', 'export', 'dense'}),
     'vig': frozenset({'features_only', 'export', 'dense'}),
 }
 
@@ -38,6 +39,10 @@ PUBLISHED_TOP1 = {
     'mobilemamba_b1': 79.9,
     'mobilemamba_b2': 81.6,
     'mobilemamba_b4': 82.5,
+    'ravlt_tiny': 82.8,
+    'ravlt_small': 84.4,
+    'ravlt_base': 85.5,
+    'ravlt_large': 85.8,
     'vig_tiny_patch16_224': 77.2,
     'vig_small_patch16_224': 81.7,
     'vig_base_patch16_224': 82.6,

@@ -17,13 +17,12 @@ registers over many tiles; a last kernel adds the shares up in a fixed order.
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from zoo.kernels._triton._common import LOG2E, alignment, ceil_div
+from zoo.kernels._triton._common import LOG2E, alignment, ceil_div, launch
 
 THREADS = 128
 PROGRAMS = 1056  # enough to fill a GPU
@@ -32,13 +31,13 @@ SIZES = ['xb', 'xh', 'xw', 'gb', 'gh', 'gw', 'H', 'W', 'CU', 'groups', 'GW', 'R'
 
 
 @triton.jit
-def normal_cdf(x):
-    """The standard normal distribution function and its density, to 1e-7 (Abramowitz and Stegun, 7.1.26)."""
-    density = tl.exp2(x * x * (-0.5 * LOG2E)) * 0.3989422804014327
-    t = 1.0 / (1.0 + 0.23164189 * tl.abs(x))
-    s = t * (0.31938153 + t * (-0.356563782 + t * (1.781477937 + t * (-1.821255978 + t * 1.330274429))))
-    tail = density * s
-    return tl.where(x >= 0, 1.0 - tail, tail), density
+def normal_tail(x):
+    """P(X > |x|) of a standard normal X and its density at x, to 1e-7 (Abramowitz and Stegun, 26.2.17)."""
+    e = tl.exp2(x * x * (-0.5 * LOG2E))
+    d = 0.2316419 * tl.abs(x) + 1.0
+    t = tl.math.rsqrt(d * d)  # 1 / d, in fewer instructions than a division
+    s = 0.127414796 + t * (-0.142248368 + t * (0.710706871 + t * (-0.726576014 + t * 0.530702714)))
+    return s * t * e, e * 0.3989422804014327
 
 
 @triton.jit
@@ -48,8 +47,8 @@ def activate(z, ACT: tl.constexpr):
     elif ACT == 'silu':
         return z * tl.sigmoid(z)
     elif ACT == 'gelu':
-        cdf, _ = normal_cdf(z)
-        return z * cdf
+        tail, _ = normal_tail(z)
+        return tl.maximum(z, 0.0) - tl.abs(z) * tail
     else:
         return z
 
@@ -62,8 +61,8 @@ def derivative(z, ACT: tl.constexpr):
         s = tl.sigmoid(z)
         return s * (1.0 + z * (1.0 - s))
     else:
-        cdf, density = normal_cdf(z)
-        return cdf + z * density
+        tail, density = normal_tail(z)
+        return tl.where(z >= 0, 1.0 - tail, tail) + z * density
 
 
 @triton.jit
@@ -73,6 +72,15 @@ def load_row(ptr, w, step, W, ok, N: tl.constexpr):
     for n in tl.static_range(N):
         tiles = tiles + (tl.load(ptr + n * step, mask=ok & (w + n >= 0) & (w + n < W), other=0.0),)
     return tiles
+
+
+@triton.jit
+def drop(tiles, START: tl.constexpr, N: tl.constexpr):
+    """N tiles from the one at START on."""
+    out = ()
+    for n in tl.static_range(N):
+        out = out + (tiles[START + n],)
+    return out
 
 
 @triton.jit
@@ -132,16 +140,16 @@ def depthwise_kernel_out(
     source = x + (b * xb + (w0 - P) * xw) * A + c
     target = out + (b * H * W + w0) * C + c
     ahead = ()
-    for d in tl.static_range(D):
-        row = load_row(source + (first + d) * xh, w0 - P, xw * A, W, ok & (first + d < last), N)
-        ahead = ahead + row
+    for early in tl.static_range(D):
+        r = first + early
+        ahead = ahead + load_row(source + r * xh, w0 - P, xw * A, W, ok & (r < last), N)
     z = ()
     for _ in tl.static_range(M * K):
         z = z + (offset,)
     # z holds the sums of the K output rows that the row at hand reaches, the one that it completes first.
     for h in range(first, end + P):
-        row = load_row(source + (h + D) * xh, w0 - P, xw * A, W, ok & (h + D < last), N)
-        ahead = ahead + row
+        r = h + D
+        ahead = ahead + load_row(source + r * xh, w0 - P, xw * A, W, ok & (r < last), N)
         u = activate_row(ahead, N, PRE)
         sums = ()
         for d in tl.static_range(K):
@@ -163,21 +171,16 @@ def depthwise_kernel_out(
                     skip = tl.load(source + (P + m) * xw * A + r * xh, mask=inside, other=0.0).to(tl.float32)
                     y += activate(skip, PRE)
             tl.store(target + (r.to(tl.int64) * W + m) * C, y.to(out.dtype.element_ty), mask=inside)
-        z = ()
-        for n in tl.static_range(M * (K - 1)):
-            z = z + (sums[M + n],)
+        z = drop(sums, M, M * (K - 1))
         for _ in tl.static_range(M):
             z = z + (offset,)
-        rest = ()
-        for n in tl.static_range(N * D):
-            rest = rest + (ahead[N + n],)
-        ahead = rest
+        ahead = drop(ahead, N, N * D)
 
 
 @triton.jit(do_not_specialize=[*SIZES, 'eb', 'eh', 'ew', 'tiles', 'share'])
 def depthwise_kernel_gradients(
     x, weight, g, dy, dx, shares, xb, xh, xw, gb, gh, gw, eb, eh, ew, H, W, CU, groups, GW, R, RB, CB, tiles, share,
-    K: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, A: tl.constexpr,
+    K: tl.constexpr, M: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, A: tl.constexpr,
     WHOLE: tl.constexpr, PRE: tl.constexpr, FOLD: tl.constexpr, SKIP: tl.constexpr,
 ):  # fmt: skip
     """dx, and one program's part (K * K + 1, BC) of the gradients of weight and bias, over `share` tiles.
@@ -214,22 +217,27 @@ def depthwise_kernel_gradients(
         source = x + (b * xb + w0 * xw) * A + c
         gradient = g + (b * gb + (w0 - P) * gw) * A + c
         target = dx + (b * H * W + w0) * C + c
-        ahead = load_row(gradient + first * gh, w0 - P, gw * A, W, ok, N)
+        ahead = ()
+        fresh = ()
+        for early in tl.static_range(D):
+            r = first + early
+            ahead = ahead + load_row(gradient + r * gh, w0 - P, gw * A, W, ok & (r < last), N)
+            fresh = fresh + load_row(source + (r + P) * xh, w0, xw * A, W, ok & (r + P < end), M)
         # u and du: K rows each that the row of g at hand reaches, the one that it completes first.
         u = ()
         for i in tl.static_range(K - 1):
             r = first - P + i
             raw = load_row(source + r * xh, w0, xw * A, W, ok & (r >= h0) & (r < end), M)
             u = u + activate_row(raw, M, PRE)
-        fresh = load_row(source + (first + P) * xh, w0, xw * A, W, ok & (first + P < end), M)
         du = ()
         for _ in tl.static_range(K * M):
             du = du + (zero,)
         for h in range(first, end + P):
-            row = load_row(gradient + (h + 1) * gh, w0 - P, gw * A, W, ok & (h + 1 < last), N)
-            u = u + activate_row(fresh, M, PRE)
-            fresh = load_row(source + (h + 1 + P) * xh, w0, xw * A, W, ok & (h + 1 + P < end), M)
+            r = h + D
+            ahead = ahead + load_row(gradient + r * gh, w0 - P, gw * A, W, ok & (r < last), N)
+            fresh = fresh + load_row(source + (r + P) * xh, w0, xw * A, W, ok & (r + P < end), M)
             v = activate_row(ahead, N, None)
+            u = u + activate_row(fresh, M, PRE)
             sums = ()
             new = ()
             for i in tl.static_range(K):
@@ -258,15 +266,12 @@ def depthwise_kernel_gradients(
                     at = source + m * xw * A + r * xh
                     d *= derivative(tl.load(at, mask=inside, other=0.0).to(tl.float32), PRE)
                 tl.store(target + (r.to(tl.int64) * W + m) * C, d.to(dx.dtype.element_ty), mask=inside)
-            du = ()
-            rest = ()
-            for i in tl.static_range(M * (K - 1)):
-                du = du + (sums[M + i],)
-                rest = rest + (u[M + i],)
+            du = drop(sums, M, M * (K - 1))
             for _ in tl.static_range(M):
                 du = du + (zero,)
-            u = rest
-            ahead = row
+            u = drop(u, M, M * (K - 1))
+            ahead = drop(ahead, N, N * D)
+            fresh = drop(fresh, M, M * D)
 
     to = shares + program.to(tl.int64) * (K * K + 1) * CB * BC + (pid % CB) * BC + tl.arange(0, BC)
     for i in tl.static_range(K * K):
@@ -339,23 +344,6 @@ def cut(x: torch.Tensor, cfg: Config, unit: int) -> Tiles:
     return Tiles(bn, bc, r, wide * rows, blocks, (H, W, C // unit, groups, columns, r, rows, blocks))
 
 
-def _launch(kernel, grid: tuple, *args, **consts) -> None:
-    kernel[grid](*args, **consts, num_warps=4)
-
-
-def _on_device_of_first(function):
-    """Triton launches on the current device, which need not be that of the tensors."""
-
-    @functools.wraps(function)
-    def wrapped(x, *args):
-        if not x.is_cuda or x.device.index == torch.cuda.current_device():
-            return function(x, *args)
-        with torch.cuda.device(x.device):
-            return function(x, *args)
-
-    return wrapped
-
-
 def _channels_last(x: torch.Tensor) -> torch.Tensor:
     """The map with contiguous channels: views into wider maps pass as they are, other layouts are copied."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
@@ -369,6 +357,12 @@ def _taps(weight: torch.Tensor, columns: int) -> torch.Tensor:
     return taps
 
 
+def _unit(*maps: torch.Tensor) -> int:
+    """The largest power of two up to 16 that divides the number of channels and all strides: see `alignment`."""
+    bits = alignment(*maps) | maps[0].shape[-1]
+    return bits & -bits
+
+
 def _strides(x: torch.Tensor, unit: int) -> list[int]:
     return [s // unit for s in x.stride()[:3]]
 
@@ -378,19 +372,17 @@ def _out(x, taps, bias, dy, residual, activation, pre_activation, dtype, K):
     B, H, W, C = x.shape
     out = torch.empty(B, H, W, C, dtype=dtype, device=x.device)
     cfg = FORWARD[K] if pre_activation is None else Config(4 if W % 4 == 0 else 2, 2 if K == 3 else 1, 1)
-    unit = alignment(x, out) if dy is None else alignment(x, out, dy)
+    unit = _unit(x) if dy is None else _unit(x, dy)
     tiles = cut(x, cfg, unit)
-    grad = x if dy is None else dy
-    _launch(
-        depthwise_kernel_out, (tiles.count * tiles.blocks,), x, taps, x if bias is None else bias, grad, out,
-        *_strides(x, unit), *_strides(grad, unit), *tiles.sizes,
+    consts = dict(
         K=K, M=cfg.m, D=cfg.ahead, BN=tiles.bn, BC=tiles.bc, A=unit, WHOLE=C % tiles.bc == 0, BIAS=bias is not None,
         ACT=activation, PRE=pre_activation, RESIDUAL=residual, GRAD=dy is not None,
     )  # fmt: skip
+    sizes = *_strides(x, unit), *_strides(x if dy is None else dy, unit), *tiles.sizes
+    launch(depthwise_kernel_out, (tiles.count * tiles.blocks, 1, 1), (x, taps, bias, dy, out), sizes, consts)
     return out
 
 
-@_on_device_of_first
 def depthwise_conv2d_fwd(x, weight, bias, residual, activation, pre_activation, out_dtype):
     """activation(conv(u) + bias) (+ u) with u = pre_activation(x).
 
@@ -414,7 +406,6 @@ def depthwise_conv2d_fwd(x, weight, bias, residual, activation, pre_activation, 
     return _out(x, taps, bias, None, residual, activation, pre_activation, out_dtype, K)
 
 
-@_on_device_of_first
 def depthwise_conv2d_bwd(x, weight, bias, dy, residual, activation, pre_activation):
     """Gradients (dx, dweight, dbias or None) for dy (B, H, W, C); other arguments as `depthwise_conv2d_fwd`."""
     x, dy = _channels_last(x), _channels_last(dy)
@@ -432,19 +423,20 @@ def depthwise_conv2d_bwd(x, weight, bias, dy, residual, activation, pre_activati
         g = _out(x, taps, bias, dy, residual, activation, pre_activation, dy.dtype, K)
 
     cfg = BACKWARD[K]
-    unit = alignment(x, g, dy, dx)
+    unit = _unit(x, g, dy)
     tiles = cut(x, cfg, unit)
     share = ceil_div(tiles.count, ceil_div(PROGRAMS, tiles.blocks))
     programs = ceil_div(tiles.count, share)
     shares = torch.empty(programs, K * K + 1, padded, dtype=torch.float32, device=x.device)
-    _launch(
-        depthwise_kernel_gradients, (programs * tiles.blocks,), x, taps, g, dy, dx, shares,
-        *_strides(x, unit), *_strides(g, unit), *_strides(dy, unit), *tiles.sizes, tiles.count, share,
-        K=K, M=cfg.m, BN=tiles.bn, BC=tiles.bc, A=unit, WHOLE=C % tiles.bc == 0, PRE=pre_activation,
-        FOLD=residual and activation is None, SKIP=residual and activation is not None,
+    skip = residual and activation is not None
+    consts = dict(
+        K=K, M=cfg.m, D=cfg.ahead, BN=tiles.bn, BC=tiles.bc, A=unit, WHOLE=C % tiles.bc == 0, PRE=pre_activation,
+        FOLD=residual and not skip, SKIP=skip,
     )  # fmt: skip
-    _launch(
-        depthwise_kernel_reduce, (ceil_div(C, 32), K * K + 1), shares, dweight, dweight if dbias is None else dbias,
-        programs, C, padded, TAPS=K * K, BP=64, BC=32, BIAS=bias is not None,
-    )  # fmt: skip
+    sizes = *_strides(x, unit), *_strides(g, unit), *_strides(dy, unit), *tiles.sizes, tiles.count, share
+    tensors = x, taps, g, dy if skip else None, dx, shares
+    launch(depthwise_kernel_gradients, (programs * tiles.blocks, 1, 1), tensors, sizes, consts)
+    consts = dict(TAPS=K * K, BP=64, BC=32, BIAS=bias is not None)
+    grid = ceil_div(C, 32), K * K + consts['BIAS'], 1
+    launch(depthwise_kernel_reduce, grid, (shares, dweight, dbias), (programs, C, padded), consts)
     return dx, dweight, dbias
