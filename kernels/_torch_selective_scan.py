@@ -209,7 +209,10 @@ def _from_next(a: Tensor, reverse: bool) -> Tensor:
 
 
 def _scan(u: Tensor, step: Tensor, A: Tensor, B: Tensor, C: Tensor, reverse: bool) -> Tensor:
-    """y without the skip: u, step (B, outer, inner, G, D), A (G, D, N), B, C (B, outer, inner, G, N); step is used up."""
+    """y without the skip; step is used up.
+
+    Shapes: u, step (B, outer, inner, G, D), A (G, D, N), B, C (B, outer, inner, G, N).
+    """
     drive, y = step * u, None
     for n in range(A.shape[-1]):
         if n < A.shape[-1] - 1:

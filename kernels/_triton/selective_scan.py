@@ -21,6 +21,7 @@ from zoo.kernels._triton.selective_scan_kernels import (
 )
 
 BLOCK = 32  # channels per program
+TILE = 16  # tokens of a map per step, as many as a matrix product needs
 MAX_STATES = 32
 MAX_ROW = 128  # numbers per token and direction that are projected for a scan over maps, R + 2 N
 KEEP_ALL = 64  # states per channel, tiles times N, up to which a backward pass keeps those of all tiles
@@ -62,12 +63,13 @@ def _contiguous(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | 
 
 def _consts(u, A, B, D, bias, delta_softplus, reverse, tensors) -> dict:
     """Compile-time constants; tokens count as contiguous if they are so in all of `tensors`."""
-    states = A.shape[1]
+    states, channels = A.shape[1], u.shape[1] // B.shape[1]
     tlast = all(x.stride(2) == 1 for x in tensors) and not reverse
     compute, precision = _products(u.dtype)
+    tile, block = 16 if states <= 2 and not tlast else 8, _block(channels)
     return {
-        'N': states, 'NP': next_power(states, 1), 'BT': 16 if states <= 2 and not tlast else 8,
-        'BD': _block(u.shape[1] // B.shape[1]), 'SKIP': D is not None, 'BIAS': bias is not None,
+        'N': states, 'NP': next_power(states, 1), 'BT': tile, 'BD': block, 'EXACT': channels % block == 0,
+        'EVEN': u.shape[2] % tile == 0, 'SKIP': D is not None, 'BIAS': bias is not None,
         'SOFTPLUS': bool(delta_softplus), 'REVERSE': bool(reverse), 'TLAST': tlast,
         'UNIT': alignment(*tensors) if tlast else 1, 'CT': compute, 'PREC': precision,
     }  # fmt: skip
@@ -105,6 +107,7 @@ def selective_scan_bwd(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse
     channels = width // groups
     blocks = ceil_div(channels, consts['BD'])
     every, stretches = _stretch(ceil_div(length, consts['BT']), states)
+    consts = {'ONE': stretches == 1} | consts
     new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=u.device)  # noqa: E731
     dB, dC = new(blocks, *B.shape), new(blocks, *C.shape)
     dA, dD, dbias = new(batch, *A.shape), new(batch, width), new(batch, width)
@@ -123,12 +126,14 @@ def selective_scan_bwd(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse
 # Over maps
 
 
-def _map_consts(x, A, dt_weight, directions, row: int) -> dict:
+def _map_consts(x, p, A, rank, directions, row: int) -> dict:
+    """Compile-time constants; `row` numbers of a pixel's projection take part in products."""
+    states, channels, block = A.shape[1], x.shape[3], _block(x.shape[3])
     compute, precision = _products(x.dtype)
-    states = A.shape[1]
     return {
-        'K': directions, 'N': states, 'NP': next_power(states, 1), 'BT': 16, 'BD': _block(x.shape[-1]),
-        'RP': next_power(row), 'CT': compute, 'PREC': precision,
+        'K': directions, 'channels': channels, 'columns': p.shape[3], 'R': rank, 'N': states,
+        'NP': next_power(states, 1), 'BT': TILE, 'BD': block, 'EXACT': channels % block == 0, 'RP': next_power(row),
+        'EVEN': x.shape[1] * x.shape[2] % TILE == 0, 'CT': compute, 'PREC': precision,
     }  # fmt: skip
 
 
@@ -146,11 +151,11 @@ def selective_scan_2d_fwd(x, p, dt_weight, dt_bias, A, D, directions):
     """
     batch, height, width, channels = x.shape
     rank = dt_weight.shape[2]
-    consts = _map_consts(x, A, dt_weight, directions, rank)
+    consts = _map_consts(x, p, A, rank, directions, rank)
     blocks = ceil_div(channels, consts['BD'])
     x, p, w, bias, D = (_contiguous(t) for t in (x, p, dt_weight, dt_bias, D))
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    sizes = (height * width, height, width, rank, channels, blocks, p.shape[-1])
+    sizes = (height * width, height, width, blocks)
     tensors = (x, p, w, bias, _contiguous(A, torch.float32), D, y)
     launch(selective_scan_2d_kernel_forward, (batch * blocks, 1, 1), tensors, sizes, consts, warps=1)
     return y
@@ -160,16 +165,16 @@ def selective_scan_2d_bwd(x, p, dt_weight, dt_bias, A, D, directions, dy):
     """Gradients dx, dp, ddt_weight, ddt_bias, dA, dD in the dtypes of their inputs."""
     batch, height, width, channels = x.shape
     rank, states, length = dt_weight.shape[2], A.shape[1], height * width
-    consts = _map_consts(x, A, dt_weight, directions, rank + 2 * states)
+    consts = _map_consts(x, p, A, rank, directions, rank + 2 * states)
     blocks = ceil_div(channels, consts['BD'])
-    every, stretches = _stretch(ceil_div(length, consts['BT']), states)
+    tiles = ceil_div(length, TILE)
     x, p, w, bias, D, dy = (_contiguous(t) for t in (x, p, dt_weight, dt_bias, D, dy))
     new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=x.device)  # noqa: E731
     dx, dp, dA, dD = torch.empty_like(x), new(blocks, *p.shape), new(batch, *A.shape), new(batch, channels)
     dbias, dw = new(batch, *dt_bias.shape), new(batch, *dt_weight.shape)
-    far, near = new(batch, stretches, states, channels), new(batch, every, states, channels)
-    tensors = (x, p, w, bias, _contiguous(A, torch.float32), D, dy, dx, dp, dA, dD, dbias, dw, far, near)
-    sizes = (length, height, width, rank, channels, blocks, p.shape[-1], batch, every, stretches)
+    near = new(batch, tiles, states, channels)
+    tensors = (x, p, w, bias, _contiguous(A, torch.float32), D, dy, dx, dp, dA, dD, dbias, dw, near)
+    sizes = (length, height, width, blocks, batch, tiles)
     launch(selective_scan_2d_kernel_backward, (batch * blocks, 1, 1), tensors, sizes, consts, warps=1)
     total = lambda t, like: t.sum(0).to(like.dtype)  # noqa: E731
     dD = dD.sum(0).repeat(directions).to(D.dtype)

@@ -36,10 +36,12 @@ def softplus(v):
 
 
 @triton.jit
-def softplus_slope(v):
-    """The derivative of softplus, 1 / (1 + exp(-v)), without overflow."""
-    z = _decayed(v)
-    return tl.where(v >= 0, 1.0, z) / (1.0 + z)
+def softplus_slope(s):
+    """The derivative of softplus from its value s: 1 - exp(-s), by its series where that would cancel."""
+    p = 1.0 - s * (1.0 / 6.0) * (1.0 - s * (1.0 / 7.0))
+    p = 1.0 - s * (1.0 / 4.0) * (1.0 - s * (1.0 / 5.0) * p)
+    p = s * (1.0 - s * (1.0 / 2.0) * (1.0 - s * (1.0 / 3.0) * p))
+    return tl.where(s < 0.25, p, 1.0 - _decayed(s))
 
 
 @triton.jit
@@ -93,34 +95,43 @@ def put(states, n, row):
 
 
 @triton.jit
-def times(i, T, height, width, BT: tl.constexpr, REVERSE: tl.constexpr, COLUMN: tl.constexpr):
-    """Time positions (BT,) of tile i and the tokens there; column-major time over a map of (height, width)."""
-    pos = i * BT + tl.arange(0, BT)
-    token = T - 1 - pos if REVERSE else pos
+def tile_tokens(i, T, height, width, BT: tl.constexpr, EVEN: tl.constexpr, REVERSE: tl.constexpr,
+                COLUMN: tl.constexpr):  # fmt: skip
+    """Where tile i is: a first token, the others' distances from it (BT,), and which exist.
+
+    Kept apart so that distances are compile-time constants in addresses where strides are. Column-major time is over a
+    map of (height, width).
+    """
+    j = tl.arange(0, BT)
+    start = i * BT
+    live = j < BT if EVEN else start + j < T
     if COLUMN:
-        token = (token % height) * width + token // height
-    return pos, token
+        pos = T - 1 - start - j if REVERSE else start + j
+        return 0, (pos % height) * width + pos // height, live
+    else:
+        return (T - 1 - start if REVERSE else start), (0 - j if REVERSE else j), live
 
 
 @triton.jit
-def at(base, token, channel, stride_t, stride_d, TLAST: tl.constexpr, UNIT: tl.constexpr):
+def at(base, origin, token, lane, stride_t, stride_d, TLAST: tl.constexpr, UNIT: tl.constexpr):
     """Addresses (BT, BD); with TLAST tokens are contiguous and channel strides are in units of UNIT."""
     if TLAST:
-        return base + (channel * (stride_d * UNIT))[None, :] + token[:, None]
+        return base + origin + ((lane * (stride_d * UNIT))[None, :] + token[:, None])
     else:
-        return base + (token * stride_t)[:, None] + (channel * stride_d)[None, :]
+        return base + origin * stride_t + ((token * stride_t)[:, None] + (lane * stride_d)[None, :])
 
 
 @triton.jit
-def load_steps(d, token, channel, live, okc, R, stride_t, stride_d,
+def load_steps(d, origin, token, lane, live, okc, R, stride_t, stride_d,
                RP: tl.constexpr, TLAST: tl.constexpr, UNIT: tl.constexpr):  # fmt: skip
     """What step sizes come from: themselves (BT, BD), or with RP their factor of low rank (BT, RP)."""
     if RP > 0:
         r = tl.arange(0, RP)
-        return tl.load(d + (token * stride_t)[:, None] + r[None, :], mask=live[:, None] & (r < R)[None, :], other=0.0)
+        return tl.load(d + origin * stride_t + ((token * stride_t)[:, None] + r[None, :]),
+                       mask=live[:, None] & (r < R)[None, :], other=0.0)  # fmt: skip
     else:
         mask = live[:, None] & okc[None, :]
-        return tl.load(at(d, token, channel, stride_t, stride_d, TLAST, UNIT), mask=mask, other=0.0)
+        return tl.load(at(d, origin, token, lane, stride_t, stride_d, TLAST, UNIT), mask=mask, other=0.0)
 
 
 @triton.jit
@@ -140,210 +151,250 @@ def final_steps(raw, live, SOFTPLUS: tl.constexpr):
 
 
 @triton.jit
-def scan_tile(a, b, entering, pos, i, BT: tl.constexpr):
-    """States (BT, BD) after each token of tile i, with the state (BD,) that enters it."""
-    first = (pos == i * BT)[:, None]
+def load_states(x, origin, token, live, n, stride_t, stride_n):
+    """B or C of state n: (BT,) fp32."""
+    return tl.load(x + origin * stride_t + n * stride_n + token * stride_t, mask=live, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def scan_tile(a, b, entering, BT: tl.constexpr):
+    """States (BT, BD) after each token of a tile, with the state (BD,) that enters it."""
+    first = (tl.arange(0, BT) == 0)[:, None]
     return tl.associative_scan((a, tl.where(first, a * entering[None, :] + b, b)), 0, _compose)[1]
 
 
 @triton.jit
-def last_row(x, pos, i, BT: tl.constexpr):
+def last_row(x, BT: tl.constexpr):
     """Row BT - 1 of a tile."""
-    return tl.sum(tl.where((pos == i * BT + BT - 1)[:, None], x, 0.0), 0)
+    return tl.sum(tl.where((tl.arange(0, BT) == BT - 1)[:, None], x, 0.0), 0)
 
 
 @triton.jit
-def forward_pass(u, d, wt, bias, skip, A, B, C, y, channel, okc, T, height, width, R,
+def _advance(n, step, drive, states, A, B, origin, token, live, okc, lane, sb_t, sb_n,
+             N: tl.constexpr, BT: tl.constexpr):  # fmt: skip
+    """State n through a tile: its values (BT, BD) and the states after the tile."""
+    An = tl.load(A + lane * N + n, mask=okc, other=0.0) * LOG2E
+    Bn = load_states(B, origin, token, live, n, sb_t, sb_n)
+    h = scan_tile(tl.exp2(step * An[None, :]), drive * Bn[:, None], pick(states, n), BT)
+    return h, put(states, n, last_row(h, BT))
+
+
+@triton.jit
+def forward_pass(u, d, wt, bias, skip, A, B, C, y, lane, okc, T, height, width, R,
                  su_t, su_d, sd_t, sd_d, sb_t, sb_n, sc_t, sc_n, sy_t, sy_d,
                  N: tl.constexpr, NP: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, RP: tl.constexpr,
                  SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, COLUMN: tl.constexpr, FIRST: tl.constexpr,
-                 TLAST: tl.constexpr, UNIT: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr):  # fmt: skip
+                 EVEN: tl.constexpr, TLAST: tl.constexpr, UNIT: tl.constexpr,
+                 CT: tl.constexpr, PREC: tl.constexpr):  # fmt: skip
     """Scan one sequence and write the outputs, or unless FIRST add them to those of an earlier pass.
 
-    u, d, B, C, y point at the sequence (d and the strides sd at the factor of low rank with RP), A at (channels, N) fp32.
-    skip (BD,) multiplies u.
+    All pointers are at the sequence and the first channel of the block (d and the strides sd at the factor of low rank
+    with RP); A is (channels, N) fp32. skip (BD,) multiplies u.
     """
+    tiles = tl.cdiv(T, BT)
     states = tl.zeros((NP, BD), tl.float32)
-    pos, token = times(0, T, height, width, BT, REVERSE, COLUMN)
-    live = pos < T
+    origin, token, live = tile_tokens(0, T, height, width, BT, EVEN, REVERSE, COLUMN)
     mask = live[:, None] & okc[None, :]
-    u_next = tl.load(at(u, token, channel, su_t, su_d, TLAST, UNIT), mask=mask, other=0.0)
-    d_next = load_steps(d, token, channel, live, okc, R, sd_t, sd_d, RP, TLAST, UNIT)
-    for i in range(tl.cdiv(T, BT)):
+    u_next = tl.load(at(u, origin, token, lane, su_t, su_d, TLAST, UNIT), mask=mask, other=0.0)
+    d_next = load_steps(d, origin, token, lane, live, okc, R, sd_t, sd_d, RP, TLAST, UNIT)
+    for i in range(tiles):
         x = u_next.to(tl.float32)
-        d_tile = d_next
-        out_at = at(y, token, channel, sy_t, sy_d, TLAST, UNIT)
-        here, here_pos, here_live, here_mask = token, pos, live, mask
-        if not FIRST:
-            y_before = tl.load(out_at, mask=mask, other=0.0)
-        # The next tile's loads run while this one is computed; behind the end they are masked.
-        pos, token = times(i + 1, T, height, width, BT, REVERSE, COLUMN)
-        live = pos < T
+        raw = raw_steps(d_next, wt, bias, RP, CT, PREC)
+        # The next tile's loads run while this one is computed; the last tile loads itself once more.
+        origin, token, live = tile_tokens(tl.minimum(i + 1, tiles - 1), T, height, width, BT, EVEN, REVERSE, COLUMN)
         mask = live[:, None] & okc[None, :]
-        u_next = tl.load(at(u, token, channel, su_t, su_d, TLAST, UNIT), mask=mask, other=0.0)
-        d_next = load_steps(d, token, channel, live, okc, R, sd_t, sd_d, RP, TLAST, UNIT)
+        u_next = tl.load(at(u, origin, token, lane, su_t, su_d, TLAST, UNIT), mask=mask, other=0.0)
+        d_next = load_steps(d, origin, token, lane, live, okc, R, sd_t, sd_d, RP, TLAST, UNIT)
 
-        step = final_steps(raw_steps(d_tile, wt, bias, RP, CT, PREC), here_live, SOFTPLUS)
-        drive = step * x
+        origin, token, live = tile_tokens(i, T, height, width, BT, EVEN, REVERSE, COLUMN)
+        mask = live[:, None] & okc[None, :]
+        out = at(y, origin, token, lane, sy_t, sy_d, TLAST, UNIT)
         acc = x * skip[None, :]
-        for n in tl.static_range(N):
-            An = tl.load(A + channel * N + n, mask=okc, other=0.0) * LOG2E
-            Bn = tl.load(B + here * sb_t + n * sb_n, mask=here_live, other=0.0).to(tl.float32)
-            Cn = tl.load(C + here * sc_t + n * sc_n, mask=here_live, other=0.0).to(tl.float32)
-            h = scan_tile(tl.exp2(step * An[None, :]), drive * Bn[:, None], pick(states, n), here_pos, i, BT)
-            states = put(states, n, last_row(h, here_pos, i, BT))
-            acc += h * Cn[:, None]
         if not FIRST:
-            acc += y_before.to(tl.float32)
-        tl.store(out_at, acc.to(y.dtype.element_ty), mask=here_mask)
+            acc += tl.load(out, mask=mask, other=0.0).to(tl.float32)
+        step = final_steps(raw, live, SOFTPLUS)
+        drive = step * x
+        if N <= 2:
+            for n in tl.static_range(N):
+                h, states = _advance(n, step, drive, states, A, B, origin, token, live, okc, lane, sb_t, sb_n, N, BT)
+                acc += h * load_states(C, origin, token, live, n, sc_t, sc_n)[:, None]
+        else:
+            for n in range(N):
+                h, states = _advance(n, step, drive, states, A, B, origin, token, live, okc, lane, sb_t, sb_n, N, BT)
+                acc += h * load_states(C, origin, token, live, n, sc_t, sc_n)[:, None]
+        tl.store(out, acc.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def states_at_tiles(u, d, wt, bias, A, B, kept, states, start, end, channel, okc, T, height, width, R,
-                    su_t, su_d, sd_t, sd_d, sb_t, sb_n, k_tile, k_n, every,
-                    N: tl.constexpr, NP: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, RP: tl.constexpr,
-                    SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, COLUMN: tl.constexpr,
-                    TLAST: tl.constexpr, UNIT: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr):  # fmt: skip
-    """Run through tiles [start, end) and keep the states (NP, BD) that enter every `every`-th of them, from start on."""
+def keep_states(u, d, wt, bias, A, B, kept, states, start, end, lane, okc, T, height, width, R,
+                su_t, su_d, sd_t, sd_d, sb_t, sb_n, k_tile, k_n, every,
+                N: tl.constexpr, NP: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, RP: tl.constexpr,
+                SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, COLUMN: tl.constexpr, EVEN: tl.constexpr,
+                TLAST: tl.constexpr, UNIT: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr):  # fmt: skip
+    """Write to `kept` the states (NP, BD) that enter every `every`-th of the tiles [start, end), from start on."""
     index = tl.arange(0, NP)
-    kept += (index * k_n)[:, None] + channel[None, :]
+    kept += (index * k_n)[:, None] + lane[None, :]
     ok_kept = (index < N)[:, None] & okc[None, :]
     tl.store(kept, states, mask=ok_kept)
     for i in range(start, end - 1):
-        pos, token = times(i, T, height, width, BT, REVERSE, COLUMN)
-        live = pos < T
+        origin, token, live = tile_tokens(i, T, height, width, BT, EVEN, REVERSE, COLUMN)
         mask = live[:, None] & okc[None, :]
-        x = tl.load(at(u, token, channel, su_t, su_d, TLAST, UNIT), mask=mask, other=0.0).to(tl.float32)
-        d_tile = load_steps(d, token, channel, live, okc, R, sd_t, sd_d, RP, TLAST, UNIT)
-        step = final_steps(raw_steps(d_tile, wt, bias, RP, CT, PREC), live, SOFTPLUS)
+        x = tl.load(at(u, origin, token, lane, su_t, su_d, TLAST, UNIT), mask=mask, other=0.0).to(tl.float32)
+        loaded = load_steps(d, origin, token, lane, live, okc, R, sd_t, sd_d, RP, TLAST, UNIT)
+        step = final_steps(raw_steps(loaded, wt, bias, RP, CT, PREC), live, SOFTPLUS)
         drive = step * x
-        for n in tl.static_range(N):
-            An = tl.load(A + channel * N + n, mask=okc, other=0.0) * LOG2E
-            Bn = tl.load(B + token * sb_t + n * sb_n, mask=live, other=0.0).to(tl.float32)
-            h = scan_tile(tl.exp2(step * An[None, :]), drive * Bn[:, None], pick(states, n), pos, i, BT)
-            states = put(states, n, last_row(h, pos, i, BT))
+        if N <= 2:
+            for n in tl.static_range(N):
+                _, states = _advance(n, step, drive, states, A, B, origin, token, live, okc, lane, sb_t, sb_n, N, BT)
+        else:
+            for n in range(N):
+                _, states = _advance(n, step, drive, states, A, B, origin, token, live, okc, lane, sb_t, sb_n, N, BT)
         done = i + 1 - start
         if done % every == 0:
             tl.store(kept + (done // every) * k_tile, states, mask=ok_kept)
 
 
 @triton.jit
+def _gradients(n, step, drive, g_out, entering, adjoint, dA, ddrive, dstep, rows, A, B, C, dB, dC, R,
+               origin, token, live, okc, lane, sb_t, sb_n, sc_t, sc_n, sp_n, k_n,
+               N: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, RP: tl.constexpr,
+               CT: tl.constexpr, PREC: tl.constexpr):  # fmt: skip
+    """What state n adds to the gradients of a tile; arguments and results as in `backward_tile`."""
+    An = tl.load(A + lane * N + n, mask=okc, other=0.0)
+    Bn = load_states(B, origin, token, live, n, sb_t, sb_n)
+    Cn = load_states(C, origin, token, live, n, sc_t, sc_n)
+    a = tl.exp2(step * (An * LOG2E)[None, :])
+    b = drive * Bn[:, None]
+    h = scan_tile(a, b, tl.load(entering + n * k_n + lane, mask=okc, other=0.0), BT)
+    # Backwards in time the tile's last row comes first, and takes what the tile behind it hands over.
+    first = (tl.arange(0, BT) == 0)[:, None]
+    c = flip_rows(g_out * Cn[:, None])
+    c = tl.where(first, c + pick(adjoint, n)[None, :], c)
+    one = tl.full((BT, BD), 1.0, tl.float32)
+    g = flip_rows(tl.associative_scan((one, c, flip_rows(a)), 0, _compose_adjoint)[1])
+    adjoint = put(adjoint, n, tl.sum(tl.where(first, a * g, 0.0), 0))
+    if RP > 0:
+        # Sums over channels as products, each into its own column of the row [dt | B | C].
+        r = tl.arange(0, RP)
+        rows += mm(drive * g, ((r == R + n)[None, :] & okc[:, None]).to(tl.float32), CT, PREC)
+        rows += mm(g_out * h, ((r == R + N + n)[None, :] & okc[:, None]).to(tl.float32), CT, PREC)
+    else:
+        tl.store(dB + origin + n * sp_n + token, tl.sum(drive * g, 1), mask=live)
+        tl.store(dC + origin + n * sp_n + token, tl.sum(g_out * h, 1), mask=live)
+    through = g * (h - b)  # gradient times what the decay let through
+    dA = put(dA, n, pick(dA, n) + tl.sum(through * step, 0))
+    return adjoint, dA, ddrive + g * Bn[:, None], dstep + through * An[None, :], rows
+
+
+@triton.jit
 def backward_tile(i, u, d, wt, bias, skip, A, B, C, dy, du, dd, dB, dC, entering, adjoint, dA, dskip, dbias, dw,
-                  channel, okc, T, height, width, R, su_t, su_d, sd_t, sd_d, sb_t, sb_n, sc_t, sc_n,
-                  sg_t, sg_d, so_t, so_d, se_t, se_d, sp_t, sp_n, k_n,
+                  lane, okc, T, height, width, R, su_t, su_d, sd_t, sd_d, sb_t, sb_n, sc_t, sc_n,
+                  sg_t, sg_d, so_t, so_d, se_t, se_d, sp_n, k_n,
                   N: tl.constexpr, NP: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, RP: tl.constexpr,
                   SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, COLUMN: tl.constexpr, FIRST: tl.constexpr,
-                  TLAST: tl.constexpr, UNIT: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr):  # fmt: skip
+                  EVEN: tl.constexpr, TLAST: tl.constexpr, UNIT: tl.constexpr,
+                  CT: tl.constexpr, PREC: tl.constexpr):  # fmt: skip
     """Gradients at the tokens of tile i; `entering` points at the states that enter it.
 
-    Writes du (strides so), and ddelta (se) with parts of dB and dC over this block of channels (sp), or with RP the
+    Writes du (strides so), and ddelta (se) with parts of dB and dC over this block of channels (N, T), or with RP the
     part of the gradient of the rows [dt | B | C] (se_t). Returns the sums so far of the parameters' gradients and the
     adjoint (NP, BD): decay times gradient of the state, handed to the tile before.
     """
-    pos, token = times(i, T, height, width, BT, REVERSE, COLUMN)
-    live = pos < T
+    origin, token, live = tile_tokens(i, T, height, width, BT, EVEN, REVERSE, COLUMN)
     mask = live[:, None] & okc[None, :]
-    x = tl.load(at(u, token, channel, su_t, su_d, TLAST, UNIT), mask=mask, other=0.0).to(tl.float32)
-    g_out = tl.load(at(dy, token, channel, sg_t, sg_d, TLAST, UNIT), mask=mask, other=0.0).to(tl.float32)
-    d_tile = load_steps(d, token, channel, live, okc, R, sd_t, sd_d, RP, TLAST, UNIT)
-    if not FIRST:
-        du_before = tl.load(at(du, token, channel, so_t, so_d, TLAST, UNIT), mask=mask, other=0.0)
-    raw = raw_steps(d_tile, wt, bias, RP, CT, PREC)
+    x = tl.load(at(u, origin, token, lane, su_t, su_d, TLAST, UNIT), mask=mask, other=0.0).to(tl.float32)
+    g_out = tl.load(at(dy, origin, token, lane, sg_t, sg_d, TLAST, UNIT), mask=mask, other=0.0).to(tl.float32)
+    loaded = load_steps(d, origin, token, lane, live, okc, R, sd_t, sd_d, RP, TLAST, UNIT)
+    raw = raw_steps(loaded, wt, bias, RP, CT, PREC)
     step = final_steps(raw, live, SOFTPLUS)
     drive = step * x
     ddrive = tl.zeros((BT, BD), tl.float32)
     dstep = tl.zeros((BT, BD), tl.float32)
-    first = (pos == i * BT)[:, None]
-    if RP > 0:
-        r = tl.arange(0, RP)
-        rows = tl.zeros((BT, RP), tl.float32)
-    for n in tl.static_range(N):
-        An = tl.load(A + channel * N + n, mask=okc, other=0.0)
-        Bn = tl.load(B + token * sb_t + n * sb_n, mask=live, other=0.0).to(tl.float32)
-        Cn = tl.load(C + token * sc_t + n * sc_n, mask=live, other=0.0).to(tl.float32)
-        a = tl.exp2(step * (An * LOG2E)[None, :])
-        b = drive * Bn[:, None]
-        h = scan_tile(a, b, tl.load(entering + n * k_n + channel, mask=okc, other=0.0), pos, i, BT)
-        # Backwards in time the tile's last row comes first, and takes what the next tile hands over.
-        c = flip_rows(g_out * Cn[:, None])
-        c = tl.where(first, c + pick(adjoint, n)[None, :], c)
-        g = flip_rows(tl.associative_scan((tl.full((BT, BD), 1.0, tl.float32), c, flip_rows(a)), 0, _compose_adjoint)[1])
-        adjoint = put(adjoint, n, tl.sum(tl.where(first, a * g, 0.0), 0))
-        if RP > 0:
-            # Sums over channels as products, each into its own column of the row [dt | B | C].
-            rows += mm(drive * g, ((r == R + n)[None, :] & okc[:, None]).to(tl.float32), CT, PREC)
-            rows += mm(g_out * h, ((r == R + N + n)[None, :] & okc[:, None]).to(tl.float32), CT, PREC)
-        else:
-            tl.store(dB + token * sp_t + n * sp_n, tl.sum(drive * g, 1), mask=live)
-            tl.store(dC + token * sp_t + n * sp_n, tl.sum(g_out * h, 1), mask=live)
-        ddrive += g * Bn[:, None]
-        through = g * (h - b)  # gradient times what the decay let through
-        dstep += through * An[None, :]
-        dA = put(dA, n, pick(dA, n) + tl.sum(through * step, 0))
+    rows = tl.zeros((BT, RP if RP > 0 else 1), tl.float32)
+    if N <= 2:
+        for n in tl.static_range(N):
+            adjoint, dA, ddrive, dstep, rows = _gradients(
+                n, step, drive, g_out, entering, adjoint, dA, ddrive, dstep, rows, A, B, C, dB, dC, R, origin, token,
+                live, okc, lane, sb_t, sb_n, sc_t, sc_n, sp_n, k_n, N, BT, BD, RP, CT, PREC)  # fmt: skip
+    else:
+        for n in range(N):
+            adjoint, dA, ddrive, dstep, rows = _gradients(
+                n, step, drive, g_out, entering, adjoint, dA, ddrive, dstep, rows, A, B, C, dB, dC, R, origin, token,
+                live, okc, lane, sb_t, sb_n, sc_t, sc_n, sp_n, k_n, N, BT, BD, RP, CT, PREC)  # fmt: skip
+    out = at(du, origin, token, lane, so_t, so_d, TLAST, UNIT)
     dx = ddrive * step + g_out * skip[None, :]
     if not FIRST:
-        dx += du_before.to(tl.float32)
-    tl.store(at(du, token, channel, so_t, so_d, TLAST, UNIT), dx.to(du.dtype.element_ty), mask=mask)
+        dx += tl.load(out, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out, dx.to(du.dtype.element_ty), mask=mask)
+    dskip += tl.sum(g_out * x, 0)
     dstep += ddrive * x
     if SOFTPLUS:
-        dstep *= softplus_slope(raw)
-    dstep = tl.where(live[:, None], dstep, 0.0)
-    dskip += tl.sum(g_out * x, 0)
+        dstep *= softplus_slope(step)
+    else:
+        dstep = tl.where(live[:, None], dstep, 0.0)
     dbias += tl.sum(dstep, 0)
     if RP > 0:
+        r = tl.arange(0, RP)
         rows += mm(dstep, tl.trans(wt), CT, PREC)
-        tl.store(dd + (token * se_t)[:, None] + r[None, :], rows, mask=live[:, None] & (r < R + 2 * N)[None, :])
-        dw += mm(tl.trans(dstep), d_tile.to(tl.float32), CT, PREC)
+        tl.store(dd + origin * se_t + ((token * se_t)[:, None] + r[None, :]), rows,
+                 mask=live[:, None] & (r < R + 2 * N)[None, :])  # fmt: skip
+        dw += mm(tl.trans(dstep), loaded.to(tl.float32), CT, PREC)
     else:
-        tl.store(at(dd, token, channel, se_t, se_d, TLAST, UNIT), dstep.to(dd.dtype.element_ty), mask=mask)
+        tl.store(at(dd, origin, token, lane, se_t, se_d, TLAST, UNIT), dstep.to(dd.dtype.element_ty), mask=mask)
     return adjoint, dA, dskip, dbias, dw
 
 
 @triton.jit
 def backward_pass(u, d, wt, bias, skip, A, B, C, dy, du, dd, dB, dC, far, near, dA_out, dskip_out, dbias_out, dw_out,
-                  channel, okc, T, height, width, R, every, su_t, su_d, sd_t, sd_d, sb_t, sb_n, sc_t, sc_n,
-                  sg_t, sg_d, so_t, so_d, se_t, se_d, sp_t, sp_n, k_tile, k_n,
+                  lane, okc, T, height, width, R, every, su_t, su_d, sd_t, sd_d, sb_t, sb_n, sc_t, sc_n,
+                  sg_t, sg_d, so_t, so_d, se_t, se_d, sp_n, k_tile, k_n,
                   N: tl.constexpr, NP: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, RP: tl.constexpr,
                   SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, COLUMN: tl.constexpr, FIRST: tl.constexpr,
-                  TLAST: tl.constexpr, UNIT: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr):  # fmt: skip
+                  EVEN: tl.constexpr, ONE: tl.constexpr, TLAST: tl.constexpr, UNIT: tl.constexpr,
+                  CT: tl.constexpr, PREC: tl.constexpr):  # fmt: skip
     """Gradients of `forward_pass`, from the last stretch of `every` tiles to the first.
 
     far and near are memory of this program for states, (stretches, N, channels) and (every, N, channels) fp32: states
-    are recomputed up to the start of every stretch, then once more inside a stretch when its turn comes.
+    are recomputed up to the start of every stretch, then once more inside a stretch when its turn comes. With ONE
+    there is a single stretch and no far.
     """
     tiles = tl.cdiv(T, BT)
     index = tl.arange(0, NP)
-    kept = (index * k_n)[:, None] + channel[None, :]
+    inside = (index * k_n)[:, None] + lane[None, :]
     ok_kept = (index < N)[:, None] & okc[None, :]
-    states_at_tiles(u, d, wt, bias, A, B, far, tl.zeros((NP, BD), tl.float32), 0, (tiles - 1) // every * every + 1,
-                    channel, okc, T, height, width, R, su_t, su_d, sd_t, sd_d, sb_t, sb_n, k_tile, k_n, every,
-                    N, NP, BT, BD, RP, SOFTPLUS, REVERSE, COLUMN, TLAST, UNIT, CT, PREC)  # fmt: skip
-    tl.debug_barrier()
-    adjoint = tl.zeros((NP, BD), tl.float32)
-    dA = tl.zeros((NP, BD), tl.float32)
+    zero = tl.zeros((NP, BD), tl.float32)
+    if ONE:
+        stretches = 1
+    else:
+        stretches = tl.cdiv(tiles, every)
+        keep_states(u, d, wt, bias, A, B, far, zero, 0, (stretches - 1) * every + 1, lane, okc, T, height, width, R,
+                    su_t, su_d, sd_t, sd_d, sb_t, sb_n, k_tile, k_n, every,
+                    N, NP, BT, BD, RP, SOFTPLUS, REVERSE, COLUMN, EVEN, TLAST, UNIT, CT, PREC)  # fmt: skip
+        tl.debug_barrier()
+    adjoint = zero
+    dA = zero
     dskip = tl.zeros((BD,), tl.float32)
     dbias = tl.zeros((BD,), tl.float32)
     dw = tl.zeros((BD, RP if RP > 0 else 1), tl.float32)
-    for back in range(tl.cdiv(tiles, every)):
-        stretch = tl.cdiv(tiles, every) - 1 - back
-        start = stretch * every
+    for back in range(stretches):
+        start = (stretches - 1 - back) * every
         end = tl.minimum(start + every, tiles)
-        states = tl.load(far + stretch * k_tile + kept, mask=ok_kept, other=0.0)
-        states_at_tiles(u, d, wt, bias, A, B, near, states, start, end, channel, okc, T, height, width, R,
-                        su_t, su_d, sd_t, sd_d, sb_t, sb_n, k_tile, k_n, 1,
-                        N, NP, BT, BD, RP, SOFTPLUS, REVERSE, COLUMN, TLAST, UNIT, CT, PREC)  # fmt: skip
+        states = zero if ONE else tl.load(far + (stretches - 1 - back) * k_tile + inside, mask=ok_kept, other=0.0)
+        keep_states(u, d, wt, bias, A, B, near, states, start, end, lane, okc, T, height, width, R,
+                    su_t, su_d, sd_t, sd_d, sb_t, sb_n, k_tile, k_n, 1,
+                    N, NP, BT, BD, RP, SOFTPLUS, REVERSE, COLUMN, EVEN, TLAST, UNIT, CT, PREC)  # fmt: skip
         tl.debug_barrier()
         for j in range(end - start):
             i = end - 1 - j
             adjoint, dA, dskip, dbias, dw = backward_tile(
                 i, u, d, wt, bias, skip, A, B, C, dy, du, dd, dB, dC, near + (i - start) * k_tile, adjoint, dA, dskip,
-                dbias, dw, channel, okc, T, height, width, R, su_t, su_d, sd_t, sd_d, sb_t, sb_n, sc_t, sc_n,
-                sg_t, sg_d, so_t, so_d, se_t, se_d, sp_t, sp_n, k_n,
-                N, NP, BT, BD, RP, SOFTPLUS, REVERSE, COLUMN, FIRST, TLAST, UNIT, CT, PREC)  # fmt: skip
+                dbias, dw, lane, okc, T, height, width, R, su_t, su_d, sd_t, sd_d, sb_t, sb_n, sc_t, sc_n,
+                sg_t, sg_d, so_t, so_d, se_t, se_d, sp_n, k_n,
+                N, NP, BT, BD, RP, SOFTPLUS, REVERSE, COLUMN, FIRST, EVEN, TLAST, UNIT, CT, PREC)  # fmt: skip
         tl.debug_barrier()
-    tl.store(dA_out + channel[None, :] * N + index[:, None], dA, mask=ok_kept)
-    tl.store(dskip_out + channel, dskip, mask=okc)
-    tl.store(dbias_out + channel, dbias, mask=okc)
+    tl.store(dA_out + lane[None, :] * N + index[:, None], dA, mask=ok_kept)
+    tl.store(dskip_out + lane, dskip, mask=okc)
+    tl.store(dbias_out + lane, dbias, mask=okc)
     if RP > 0:
         r = tl.arange(0, RP)
-        tl.store(dw_out + channel[:, None] * R + r[None, :], dw, mask=okc[:, None] & (r < R)[None, :])
+        tl.store(dw_out + lane[:, None] * R + r[None, :], dw, mask=okc[:, None] & (r < R)[None, :])
