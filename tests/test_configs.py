@@ -55,7 +55,12 @@ def test_header(path):
     assert f'--config configs/{path.relative_to(ROOT)}' in head
 
 
-@pytest.mark.parametrize('path', CONFIGS, ids=lambda p: str(p.relative_to(ROOT).with_suffix('')))
+# Recipes that differ from another only in widths, sizes and numbers of the schedule.
+TWINS = [f'mobilemamba_{v}{kd}' for v in ('t4', 's6', 'b1', 'b2', 'b4') for kd in ('', '_kd')]
+TWO_STEPS = [pytest.param(p, marks=[pytest.mark.slow] * (p.stem in TWINS)) for p in CONFIGS]
+
+
+@pytest.mark.parametrize('path', TWO_STEPS, ids=lambda p: str(p.relative_to(ROOT).with_suffix('')))
 def test_takes_two_steps(path, images, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     config = yaml.safe_load(path.read_text())
@@ -74,6 +79,12 @@ def test_takes_two_steps(path, images, tmp_path, monkeypatch, capsys):
         classes = config['model']['init_args']['num_classes']
         overrides += [f'--data.path={parquet(tmp_path / "data", classes)}', f'--data.cache_dir={tmp_path / "cache"}']
         overrides += ['--data.batch_size=2', '--data.num_workers=0']
+    if config['model']['init_args'].get('distill'):
+        overrides += [
+            '--model.distill.teacher=test_resnet',
+            '--model.distill.pretrained=false',
+            '--model.distill.size=32',
+        ]
     overrides += ['--trainer.enable_checkpointing=false'] if big else []
     assert main(['fit', f'--config={path}', *overrides]) == 0, capsys.readouterr().err
     run = tmp_path / 'runs' / path.stem
@@ -86,9 +97,10 @@ def test_takes_two_steps(path, images, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize('path', sorted((ROOT / 'classify').glob('*.yaml')), ids=lambda p: p.stem)
 def test_recipe_is_named_after_its_model(path):
     config = yaml.safe_load(path.read_text())
-    assert config['model']['init_args']['net'] == path.stem == config['run']['name']
-    assert timm.is_model(path.stem)
+    net, kd = config['model']['init_args']['net'], bool(config['model']['init_args'].get('distill'))
+    assert path.stem == config['run']['name'] == net + '_kd' * kd
+    assert timm.is_model(net)
     trainer, data = config['trainer'], config['data']['init_args']
     assert data['batch_size'] * trainer['devices'] * trainer['num_nodes'] == 1024
-    assert data['view']['size'] == timm.get_pretrained_cfg(path.stem).input_size[-1]
-    assert data['view']['crop_pct'] == timm.get_pretrained_cfg(path.stem).crop_pct
+    assert data['view']['size'] == timm.get_pretrained_cfg(net).input_size[-1]
+    assert data['view']['crop_pct'] == timm.get_pretrained_cfg(net).crop_pct

@@ -362,6 +362,16 @@ def test_distillation_losses():
     assert soft.loss(answer, images).abs() < 1e-6 < soft.loss(-answer, images)
     expected = nn.functional.cross_entropy(answer, hard(images).argmax(-1))
     assert hard.loss(answer, images) == pytest.approx(expected.item())
+    shared, added = Distill('test_vit', weight=0.25), Distill('test_vit', weight=5.0, label_weight=1.0)
+    assert shared.combine(2.0, 4.0) == 2.5 and added.combine(2.0, 4.0) == 22.0
+
+
+def test_teacher_of_another_size():
+    teacher = Teacher(Distill('test_resnet', pretrained=False, size=48), 10, (0.0,) * 3, (1.0,) * 3)
+    sizes = []
+    teacher.net.register_forward_pre_hook(lambda net, args: sizes.append(tuple(args[0].shape[-2:])))
+    teacher(torch.rand(2, 3, 64, 64)), teacher(torch.rand(2, 3, 48, 48))
+    assert sizes == [(48, 48), (48, 48)]
 
 
 @pytest.mark.parametrize('mode', ['soft', 'hard'])

@@ -170,8 +170,7 @@ class Classify(LightningModule):
         logits = self._train_net(images)
         loss = self.criterion(logits.float(), target)
         if self._teacher is not None:
-            share = self.distill.weight
-            loss = (1 - share) * loss + share * self._teacher.loss(logits, images)
+            loss = self.distill.combine(loss, self._teacher.loss(logits, images))
         if self.check_finite and not torch.isfinite(loss):
             raise self._diverged(images, batch, batch_idx)
         size = len(labels)

@@ -22,8 +22,10 @@ class Distill:
         teacher_kwargs: Arguments of timm.create_model for the teacher.
         pretrained: Whether to load the teacher's published weights.
         mode: soft compares distributions, hard takes the teacher's answer as label.
-        weight: Share of the teacher in the loss; the labels have the rest.
+        weight: Factor of the teacher's loss, within 0..1 unless label_weight is given.
+        label_weight: Factor of the labels' loss; null gives them what the teacher leaves, 1 - weight.
         temperature: Softens both distributions in soft mode.
+        size: Height and width that the teacher sees; null is the student's, or the only one that the teacher takes.
     """
 
     teacher: str
@@ -31,7 +33,13 @@ class Distill:
     pretrained: bool = True
     mode: Literal['soft', 'hard'] = 'soft'
     weight: float = 0.5
+    label_weight: float | None = None
     temperature: float = 1.0
+    size: int | None = None
+
+    def combine(self, labels: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        """The loss of a step from its two parts."""
+        return (1 - self.weight if self.label_weight is None else self.label_weight) * labels + self.weight * teacher
 
 
 class Teacher:
@@ -55,7 +63,9 @@ class Teacher:
             raise ZooError(f'the teacher has {self.net.num_classes} classes, the student {num_classes}')
         self.net.eval().requires_grad_(False)
         cfg = self.net.pretrained_cfg
-        size = kwargs.get('img_size') or (cfg['input_size'][-2:] if cfg.get('fixed_input_size') else None)
+        size = (
+            distill.size or kwargs.get('img_size') or (cfg['input_size'][-2:] if cfg.get('fixed_input_size') else None)
+        )
         self.size = (size, size) if isinstance(size, int) else tuple(size) if size else None
         teacher_mean, teacher_std = torch.tensor(cfg['mean']), torch.tensor(cfg['std'])
         # student tensor -> pixels -> teacher tensor, as one scale and shift per channel
