@@ -104,6 +104,33 @@ def test_ranks_share_without_overlap(shuffle):
         assert {len(p) for p in parts} == {3}
 
 
+@pytest.mark.parametrize('world', [1, 2])
+def test_repeated_augmentation(world):
+    """Each image thrice, copies side by side over the ranks, as timm's sampler has it; another draw for each copy."""
+    parts = [list(EpochSampler(12, 0, True, rank, world, repeats=3)) for rank in range(world)]
+    keys = [key for keys in zip(*parts, strict=True) for key in keys]
+    images = [index for _, index, _ in keys]
+    assert len(set(images)) == 4 and all(len(set(images[i : i + 3])) == 1 for i in range(0, 12, 3))
+    assert [copy for *_, copy in keys] == 4 * [0, 1, 2]
+    once = [index for _, index in EpochSampler(12, 0, True)]
+    assert images[::3] == once[:4]
+    assert [len(key) for key in EpochSampler(12, 0, False, repeats=3)] == 12 * [2], 'evaluation sees every image once'
+    resumed = EpochSampler(12, 0, True, 0, world, repeats=3)
+    resumed.resume(0, 2)
+    assert list(resumed) == parts[0][2:]
+
+    class Pictures:
+        name = staticmethod(str)
+        load = staticmethod(lambda index: (Image.new('RGB', (8, 8)), index))
+
+        def __len__(self):
+            return 12
+
+    data = KeyedDataset(Pictures(), lambda image: torch.rand(1).item())
+    assert len({data[key]['image'] for key in keys}) == 12
+    assert data[keys[0]]['image'] == data[keys[0]]['image']
+
+
 def test_seeds_differ_by_every_part_of_the_key():
     seeds = {derive_seed(*key) for key in ((0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 0, 0), (0, 0))}
     assert len(seeds) == 5

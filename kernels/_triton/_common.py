@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -122,3 +124,77 @@ def ceil_div(a: int, b: int) -> int:
 def next_power(n: int, least: int = 16) -> int:
     """The smallest power of two that is at least `n` and `least`."""
     return max(least, 1 << (n - 1).bit_length())
+
+
+def token_rows(x: torch.Tensor, dims: int = 1) -> tuple[torch.Tensor, int]:
+    """A tensor whose last `dims` dimensions are contiguous and whose others are rows at one distance, and the distance.
+
+    Slices of a fused projection pass as they are; anything else is copied.
+    """
+    shape, stride = x.shape, x.stride()
+    lead = x.dim() - dims
+    size = 1
+    for i in range(x.dim() - 1, lead - 1, -1):
+        if shape[i] != 1 and stride[i] != size:
+            return x.contiguous(), shape[lead:].numel()
+        size *= shape[i]
+    distance = None
+    for i in range(lead - 1, -1, -1):
+        if shape[i] == 1:
+            continue
+        if distance is None:
+            distance = step = stride[i]
+        elif stride[i] != step:
+            return x.contiguous(), size
+        step *= shape[i]
+    return x, size if distance is None else distance
+
+
+_launched: dict[tuple, tuple] = {}
+
+
+def launch(kernel, grid: tuple, tensors: tuple, sizes: tuple, consts: dict, warps: int = 4, stages: int = 2) -> None:
+    """Launch a kernel, from the second time on past Triton's own look-up, which is most of a launch's time.
+
+    Args:
+        kernel: its arguments are `tensors`, `sizes`, then the constants by name.
+        grid: three sizes; a launch with a zero in it is left out.
+        tensors: pointers, None where absent; the kernel runs on the first one's device.
+        sizes: run-time numbers, none of them specialised by the kernel.
+        consts: its compile-time constants, in the kernel's order.
+        warps: per program.
+        stages: of pipelined loops.
+    """
+    if 0 in grid:
+        return
+    device = tensors[0].device
+    if device.type == 'cuda' and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return launch(kernel, grid, tensors, sizes, consts, warps, stages)
+    ends = 0
+    types = []
+    for x in tensors:
+        if x is None:
+            types.append(None)
+        else:
+            ends |= x.data_ptr()
+            types.append(x.dtype)
+    values = tuple(consts.values())
+    key = (kernel, device, ends % 16, warps, stages, values, *types)
+    found = _launched.get(key)
+    if found is not None:
+        found[grid](*tensors, *sizes, *values)
+    elif interpreting():
+        kernel[grid](*tensors, *sizes, **consts)
+    else:
+        compiled = kernel[grid](*tensors, *sizes, **consts, num_warps=warps, num_stages=stages)
+        if ends % 16 == 0:  # otherwise which of them are aligned would have to be part of the key
+            _launched[key] = compiled
+
+
+@functools.cache
+def programs(device: torch.device) -> int:
+    """How many programs fill a device when each of them takes several tiles in turn: four per multiprocessor."""
+    if device.type != 'cuda':
+        return 4
+    return 4 * torch.cuda.get_device_properties(device).multi_processor_count

@@ -21,7 +21,7 @@ FORWARD, REVERSE, BOTH = 1, 2, 3
 SEGMENT = 512  # tokens
 MAX_SEGMENTS = 32
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-SAFE_PARTS, SAFE_WARPS = 2, 4  # the sweep's safe form: pieces of a chunk, warps
+SAFE_PARTS, SAFE_WARPS = 4, 1  # the sweep's safe form: pieces of a chunk, warps
 SAFE_GROUP = 8  # chunks that one program of the safe backward form looks at
 LIMIT = -100.0  # log 2 of the smallest gate product inside a chunk that the fast form takes
 
@@ -144,7 +144,7 @@ class Plan:
         self.forms = (False,) if self.gate == 0 else (True,) if q.dtype == torch.float32 else (False, True)
         consts['LIMIT'] = float('inf') if self.forms == (True,) else LIMIT
         self.consts = consts
-        self.scan_consts = consts | {'BV': 16, 'VP': vp}
+        self.scan_consts = consts | {'BV': 16, 'VP': vp, 'TURNED': False}
         # What decides the compiled code: a kernel's constants, the types and the alignment of what it is given.
         code = (*consts.values(), q.dtype, None if g is None else g.dtype, self.state_dtype, q.device)
         self.codes = {aligned: _codes.setdefault((*code, aligned), len(_codes)) for aligned in (True, False)}

@@ -151,7 +151,7 @@ class ImageData(LightningDataModule):
     def _sampler(self, split: str, shuffle: bool) -> EpochSampler:
         trainer = self.trainer
         rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
-        return EpochSampler(len(self.splits[split]), run_seed(), shuffle, rank, world)
+        return EpochSampler(len(self.splits[split]), run_seed(), shuffle, rank, world, self.augment.repeats)
 
     def _eval_loader(self, split: str) -> DataLoader:
         if split not in self.splits:
