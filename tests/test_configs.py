@@ -94,6 +94,18 @@ def test_takes_two_steps(path, images, tmp_path, monkeypatch, capsys):
     assert saved['model']['init_args']['optim']['weight_decay'] == config['model']['init_args']['optim']['weight_decay']
 
 
+def test_cifar10_is_one_recipe():
+    """Networks are compared, so nothing else may differ: not even the seed."""
+    recipes = []
+    for path in sorted((ROOT / 'cifar10').glob('*.yaml')):
+        config = yaml.safe_load(path.read_text())
+        assert config['run'].pop('name') == path.stem
+        for own in ('net', 'net_kwargs', 'channels_last'):
+            config['model']['init_args'].pop(own)
+        recipes.append(config)
+    assert len(recipes) >= 7 and all(recipe == recipes[0] for recipe in recipes)
+
+
 @pytest.mark.parametrize('path', sorted((ROOT / 'classify').glob('*.yaml')), ids=lambda p: p.stem)
 def test_recipe_is_named_after_its_model(path):
     config = yaml.safe_load(path.read_text())
