@@ -256,3 +256,26 @@ def test_weight_layouts_of_convolutions():
         actual = model.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last))
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
     assert isinstance(model.head, nn.Linear)
+
+
+@pytest.mark.slow
+def test_kernels_inside_the_network():
+    """Triton's kernels (interpreted where there is no GPU) get the views that the network makes, gradients included."""
+    model = timm.create_model('test_ravlt', depths=(1, 1, 1, 1), stem_stride=2, num_classes=3)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    x = torch.randn(2, 3, 10, 14)
+
+    def run(backend):
+        model.zero_grad()
+        with zoo.kernel_backend(backend):
+            out = model(x)
+            out.square().sum().backward()
+        return out.detach(), {n: p.grad.clone() for n, p in model.named_parameters()}
+
+    (out, grads), (expected, wanted) = run('triton'), run('torch')
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    for name, grad in grads.items():
+        error = (grad - wanted[name]).norm() / wanted[name].norm().clamp_min(1e-6)
+        assert error < 1e-3, f'{name}: relative error {error:.1e}'
