@@ -44,13 +44,13 @@ class _CommonMixin:
     """What tokens and pyramids share; loading errors name a handful of keys and shapes, not all of them."""
 
     def load_state_dict(self, state_dict: Mapping, strict: bool = True, assign: bool = False):
-        """Load weights.
+        """Load weights, bare or in a checkpoint.
 
         Raises:
             RuntimeError: if keys or shapes do not fit, listing the first few of each kind.
         """
         own = self.state_dict()
-        fitted = self.adapt_state_dict(dict(state_dict))
+        fitted = self.adapt_state_dict(unwrap_checkpoint(state_dict))
         shapes = [
             f'{k}: file {tuple(fitted[k].shape)}, model {tuple(own[k].shape)}'
             for k in fitted

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from timm.models import register_notrace_function
 from torch import Tensor, nn
+from zoo.kernels import _dispatch
 from zoo.kernels.depthwise_conv import depthwise_conv2d
 
 __all__ = ['Conv', 'ConvBN', 'Residual', 'conv2d', 'fold', 'fuse_children', 'pad_widths', 'to_channels_last']
@@ -30,9 +31,9 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 
         act: `relu`, `silu` or None.
     """
     kernel, depthwise = weight.shape[-1], weight.shape[1] == 1 < x.shape[1]
-    if depthwise and stride == 1 and not torch.compiler.is_exporting():
+    if depthwise and stride == 1 and not _dispatch.exporting():
         return depthwise_conv2d(x.permute(0, 2, 3, 1), weight, bias, activation=act).permute(0, 3, 1, 2)
-    if kernel == 1 and not torch.compiler.is_exporting():
+    if kernel == 1 and not _dispatch.exporting():
         x = x.permute(0, 2, 3, 1)
         # Two dimensions, so that a slice of channels is read where it lies.
         y = F.linear(x.reshape(-1, x.shape[-1]), weight.flatten(1), bias).view(*x.shape[:-1], -1).permute(0, 3, 1, 2)
@@ -44,7 +45,7 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 
 @register_notrace_function
 def to_channels_last(x: Tensor) -> Tensor:
     """Images in channels-last memory; exported programs leave layouts to their runtime."""
-    return x if torch.compiler.is_exporting() else x.contiguous(memory_format=torch.channels_last)
+    return x if _dispatch.exporting() else x.contiguous(memory_format=torch.channels_last)
 
 
 class Conv(nn.Module):

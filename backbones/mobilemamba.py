@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from zoo.backbones._features import PyramidMixin, unwrap_checkpoint
 from zoo.backbones._folding import Conv, ConvBN, Residual, conv2d, fold, fuse_children, pad_widths, to_channels_last
 from zoo.kernels.selective_scan import selective_scan_2d
+from zoo.kernels.wavelet import haar_signs, wavelet_conv2d
 
 __all__ = ['MobileMamba', 'split_channels']
 
@@ -30,45 +31,7 @@ __all__ = ['MobileMamba', 'split_channels']
 HAAR = 0.49999997
 
 register_notrace_function(selective_scan_2d)
-
-
-def haar_analysis(x: Tensor) -> Tensor:
-    """(B, C, 2h, 2w) to the Haar bands (B, 4C, h, w) without their factor, bands outermost.
-
-    Bands: sum, difference of rows, difference of columns, difference of both.
-    """
-    top, bottom = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).unbind(3)
-    (a, b), (c, d) = (top + bottom).unbind(4), (top - bottom).unbind(4)
-    return torch.cat((a + b, c + d, a - b, c - d), 1)
-
-
-@register_notrace_function
-def haar_synthesis(y: Tensor) -> Tensor:
-    """Transpose of `haar_analysis`: (B, 4C, h, w) to (B, C, 2h, 2w)."""
-    h = 2
-    if not torch.compiler.is_exporting():
-        y, h = y.permute(0, 2, 3, 1), 1  # so that the stacking below writes channels-last memory
-    total, rows, columns, both = y.chunk(4, 1 if h == 2 else 3)
-    a, b, c, d = total + columns, total - columns, rows + both, rows - both
-    x = torch.stack((torch.stack((a + c, b + d), h + 2), torch.stack((a - c, b - d), h + 2)), h + 1)
-    x = x.flatten(h + 2, h + 3).flatten(h, h + 1)
-    return x if h == 2 else x.permute(0, 3, 1, 2)
-
-
-@register_notrace_function
-def wavelet_conv(x: Tensor, weight: Tensor) -> Tensor:
-    """Depthwise convolution of the Haar bands of a map: analysis, convolution, synthesis.
-
-    Args:
-        x: (B, C, h, w); odd sides are padded by a zero row or column at the end.
-        weight: (4C, 1, k, k), bands outermost, with the factors of both transforms.
-    """
-    height, width = x.shape[2:]
-    # A size that is only known at run time is padded by 2 - n % 2: a whole row of zero blocks changes nothing.
-    pads = [n % 2 if isinstance(n, int) else 2 - n % 2 for n in (height, width)]
-    if not all(isinstance(n, int) and n == 0 for n in pads):
-        x = F.pad(x, (0, pads[1], 0, pads[0]))
-    return haar_synthesis(conv2d(haar_analysis(x), weight))[:, :, :height, :width]
+register_notrace_function(wavelet_conv2d)
 
 
 def depthwise(dim: int, gain: float, **dd) -> Residual:
@@ -211,7 +174,7 @@ class WaveletMamba(nn.Module):
         return weight.unflatten(0, (-1, 4)).transpose(0, 1).flatten(0, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.base_scale(self.global_atten(x)) + wavelet_conv(x, self.wavelet_weight())
+        return self.base_scale(self.global_atten(x)) + wavelet_conv2d(x, self.wavelet_weight())
 
     @torch.no_grad()
     def fuse(self) -> WaveletMamba:
@@ -228,10 +191,8 @@ class WaveletMamba(nn.Module):
 
 
 def _haar_filters(dim: int, device=None, dtype=None) -> Tensor:
-    signs = [[[1, 1], [1, 1]], [[1, 1], [-1, -1]], [[1, -1], [1, -1]], [[1, -1], [-1, 1]]]
-    return (torch.tensor(signs, device=device, dtype=dtype or torch.get_default_dtype()) * HAAR).repeat(dim, 1, 1)[
-        :, None
-    ]
+    """Filters as checkpoints hold them: (4C, 1, 2, 2), bands innermost."""
+    return (haar_signs(device, dtype) * HAAR).repeat(dim, 1, 1)[:, None]
 
 
 def split_channels(dim: int, global_ratio: float, local_ratio: float) -> tuple[int, int, int]:
@@ -325,7 +286,8 @@ class MobileMamba(PyramidMixin, nn.Module):
         kernels: sizes of the local and wavelet convolutions of the stages.
         stem_stride: 16, or 8, 4, 2, 1 for small images; the first convolutions of the stem are then not strided.
         distillation: a second head for the teacher; training gives the pair of logits, evaluation their mean.
-        fuse: fold every BatchNorm, see `fuse`; weights are folded as they are loaded.
+        fuse: the network is meant to be folded: it takes folded files too, and `create_model` calls `fuse` once
+            weights are there.
         zero_init: start every residual branch of a block at zero, as published; otherwise gains start at 1.
         drop_rate: dropout before the head.
         drop_path_rate: stochastic depth of the last block, rising linearly from 0.
@@ -354,7 +316,7 @@ class MobileMamba(PyramidMixin, nn.Module):
     ):
         super().__init__()
         # What it takes to build the same network again, unfolded, to load weights that are not folded.
-        self.config = {k: v for k, v in locals().items() if k not in ('self', '__class__', 'device', 'dtype', 'fuse')}
+        self.config = {k: v for k, v in locals().items() if k not in ('self', '__class__', 'device', 'dtype')}
         dd = dict(device=device, dtype=dtype)
         if global_pool not in ('avg', ''):
             raise ValueError(f"global_pool must be 'avg' or '' (no pooling), got {global_pool!r}")
@@ -389,8 +351,6 @@ class MobileMamba(PyramidMixin, nn.Module):
         self.head_drop = nn.Dropout(drop_rate)
         self.head = Head(width, num_classes, **dd)
         self.head_dist = Head(width, num_classes, **dd) if distillation else None
-        if fuse:
-            self.fuse()
 
     @torch.no_grad()
     def fuse(self) -> MobileMamba:
@@ -419,6 +379,8 @@ class MobileMamba(PyramidMixin, nn.Module):
         """
         state_dict = unwrap_checkpoint(state_dict)
         folded_file = 'patch_embed.0.weight' in state_dict
+        if folded_file and self.config['fuse']:
+            self.fuse()
         if folded_file and not self.folded:
             raise RuntimeError(
                 'these weights have their BatchNorms folded, this model has not: load weights with the keys '
@@ -562,7 +524,7 @@ default_cfgs = generate_default_cfgs({**_published_cfgs(), 'test_mobilemamba.unt
 def _create(variant: str, pretrained: bool = False, **kwargs) -> MobileMamba:
     out_indices = kwargs.pop('out_indices', (0, 1, 2))
     kwargs.pop('img_size', None)  # any size: there is no table to fit
-    return build_model_with_cfg(
+    model = build_model_with_cfg(
         MobileMamba,
         variant,
         pretrained,
@@ -570,6 +532,9 @@ def _create(variant: str, pretrained: bool = False, **kwargs) -> MobileMamba:
         feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
         **kwargs,
     )
+    if kwargs.get('fuse'):
+        (model.model if kwargs.get('features_only') else model).fuse()
+    return model
 
 
 _B = dict(dims=(200, 376, 448), depths=(2, 3, 2), drop_path_rate=0.03)

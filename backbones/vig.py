@@ -20,6 +20,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 from zoo.backbones._features import PyramidMixin, TokenMixin, squeeze_linears, unwrap_checkpoint
 from zoo.backbones._layers import LayerNorm, LayerNorm2d, PreNormBlock, RMSNorm
+from zoo.kernels import _dispatch
 from zoo.kernels.depthwise_conv import DepthwiseConv2d, depthwise_conv2d
 from zoo.kernels.gla import bidirectional_gla, gated_local_mix, log_gates
 from zoo.kernels.swiglu import swiglu
@@ -197,7 +198,7 @@ def add_pos_embed(x: Tensor, pos_embed: Tensor, grid: tuple[int, int]) -> Tensor
     """Add a position table (1, N, C) of `grid` to a map (B, h, w, C), resampled (bicubic) where the grids differ."""
     table = pos_embed.unflatten(1, grid)
     # Exported programs always resample: a size that is only known at run time cannot choose.
-    if torch.compiler.is_exporting() or tuple(x.shape[1:3]) != tuple(grid):
+    if _dispatch.exporting() or tuple(x.shape[1:3]) != tuple(grid):
         table = F.interpolate(
             table.float().permute(0, 3, 1, 2), size=x.shape[1:3], mode='bicubic', align_corners=False
         ).permute(0, 2, 3, 1)
@@ -353,6 +354,7 @@ class HierViG(PyramidMixin, nn.Module):
         dims: channels of the stages.
         depths: blocks of the stages.
         head_dim: value channels per head; keys have half.
+        stem_stride: 4 as published; 2 or 1 for small images, with the same parameters.
         merge_scale: factor on the sum of the scan directions.
         drop_rate: dropout before the head.
         drop_path_rate: stochastic depth of the last block, rising linearly from 0.
@@ -369,6 +371,7 @@ class HierViG(PyramidMixin, nn.Module):
         dims: tuple[int, ...] = (96, 192, 384, 768),
         depths: tuple[int, ...] = (2, 2, 5, 2),
         head_dim: int = 32,
+        stem_stride: int = 4,
         merge_scale: float = 0.5,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
@@ -380,15 +383,17 @@ class HierViG(PyramidMixin, nn.Module):
         if global_pool not in ('avg', ''):
             raise ValueError(f"global_pool must be 'avg' or '' (no pooling), got {global_pool!r}")
         self.num_classes, self.in_chans, self.global_pool = num_classes, in_chans, global_pool
+        if stem_stride not in (1, 2, 4):
+            raise ValueError(f'stem_stride must be 1, 2 or 4, got {stem_stride!r}')
         self.num_features = self.head_hidden_size = dims[-1]
         self.grad_checkpointing = False
         self.patch_embed = nn.Sequential(
-            nn.Conv2d(in_chans, dims[0] // 2, 3, 2, 1, **dd),
+            nn.Conv2d(in_chans, dims[0] // 2, 3, 2 if stem_stride == 4 else 1, 1, **dd),
             ChannelsLast(),
             LayerNorm(dims[0] // 2, **dd),
             ChannelsFirst(),
             nn.GELU(),
-            nn.Conv2d(dims[0] // 2, dims[0], 3, 2, 1, **dd),
+            nn.Conv2d(dims[0] // 2, dims[0], 3, 2 if stem_stride > 1 else 1, 1, **dd),
             ChannelsLast(),
             LayerNorm(dims[0], starts_stream=True, **dd),
         )
@@ -398,7 +403,7 @@ class HierViG(PyramidMixin, nn.Module):
         for i, (dim, depth) in enumerate(zip(dims, depths)):
             blocks = [HierBlock(dim, dim // head_dim, next(rates), merge_scale, **dd) for _ in range(depth)]
             self.layers.append(HierStage(blocks, dim, dims[i + 1] if i + 1 < len(dims) else None, **dd))
-            self.feature_info.append(dict(module=f'layers.{i}', num_chs=dim, reduction=4 * 2**i))
+            self.feature_info.append(dict(module=f'layers.{i}', num_chs=dim, reduction=stem_stride * 2**i))
         self.classifier = nn.Module()
         self.classifier.norm = LayerNorm(dims[-1], **dd)
         self.head_drop = nn.Dropout(drop_rate)

@@ -139,7 +139,7 @@ def takes_triton(family: str, x: torch.Tensor) -> bool:
     Raises:
         RuntimeError: if `kernel_backend('triton')` is forced and Triton cannot run.
     """
-    return not torch.compiler.is_exporting() and _ready(family, x.device, x.dtype, _forced)
+    return not exporting() and _ready(family, x.device, x.dtype, _forced)
 
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:

@@ -72,24 +72,24 @@ def _torch_depthwise_conv2d(x, weight, bias, residual, activation, pre_activatio
     return y + u if residual else y
 
 
-def _conv_forward(
+def _forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     residual: bool,
     activation: str | None,
     pre_activation: str | None,
-    out_dtype: torch.dtype,
+    dtype: torch.dtype,
 ) -> Tensor:
     module = _dispatch.triton_module('depthwise_conv')
-    return module.depthwise_conv2d_fwd(x, weight, bias, residual, activation, pre_activation, out_dtype)
+    return module.depthwise_conv2d_fwd(x, weight, bias, residual, activation, pre_activation, dtype)
 
 
-def _conv_fake(x, weight, bias, residual, activation, pre_activation, out_dtype):
-    return x.new_empty(x.shape, dtype=out_dtype)
+def _forward_fake(x, weight, bias, residual, activation, pre_activation, dtype):
+    return x.new_empty(x.shape, dtype=dtype)
 
 
-def _conv_backward(
+def _backward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -103,25 +103,27 @@ def _conv_backward(
     return dx, dweight, x.new_empty(0) if dbias is None else dbias
 
 
-def _conv_backward_fake(x, weight, bias, dy, residual, activation, pre_activation):
+def _backward_fake(x, weight, bias, dy, residual, activation, pre_activation):
     dbias = x.new_empty(0) if bias is None else bias.new_empty(bias.shape)
     return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias
 
 
-def _conv_setup(ctx, inputs, output):
-    x, weight, bias, ctx.residual, ctx.activation, ctx.pre_activation, _ = inputs
+_backward_op = Op('zoo::depthwise_conv2d_backward', _backward, _backward_fake)
+
+
+def _setup(ctx, inputs, output):
+    x, weight, bias, *options, _ = inputs
     ctx.save_for_backward(x, weight, bias)
+    ctx.options = options
 
 
-def _conv_gradients(ctx, dy):
+def _gradients(ctx, dy):
     x, weight, bias = ctx.saved_tensors
-    options = ctx.residual, ctx.activation, ctx.pre_activation
-    dx, dweight, dbias = _conv_backward_op(x, weight, bias, dy, *options)
+    dx, dweight, dbias = _backward_op(x, weight, bias, dy, *ctx.options)
     return dx, dweight, None if bias is None else dbias, None, None, None, None
 
 
-_conv_backward_op = Op('zoo::depthwise_conv2d_backward', _conv_backward, _conv_backward_fake)
-_conv_op = Op('zoo::depthwise_conv2d', _conv_forward, _conv_fake, _conv_setup, _conv_gradients)
+_conv_op = Op('zoo::depthwise_conv2d', _forward, _forward_fake, _setup, _gradients)
 
 
 @register_flop_formula(torch.ops.zoo.depthwise_conv2d)
@@ -136,9 +138,9 @@ def _backward_flops(x_shape, weight_shape, bias_shape, dy_shape, residual, activ
 
 def _out_dtype(x: Tensor, residual: bool) -> torch.dtype:
     """The result's dtype: that of `F.conv2d` (half precision under autocast), promoted by the skip's."""
-    dtype = _dispatch.autocast_dtype(x)
-    if dtype is None or x.dtype == torch.float64:
+    if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
         return x.dtype
+    dtype = torch.get_autocast_dtype(x.device.type)
     return torch.promote_types(x.dtype, dtype) if residual else dtype
 
 
@@ -199,9 +201,12 @@ def depthwise_conv2d(
     if _dispatch.forced() == 'naive':
         names = dict(activation=activation, pre_activation=pre_activation)
         return naive_depthwise_conv2d(x, weight, bias, residual=residual, **names)
-    if weight.shape[-1] <= MAX_TRITON_KERNEL and _dispatch.takes_triton('depthwise_conv', x):
-        dtype = _out_dtype(x, residual)
-        return _conv_op(x, weight, bias, residual, activation, pre_activation, dtype)
+    if _dispatch.takes_triton('depthwise_conv', x):
+        size = weight.shape[-1]
+        if size <= MAX_TRITON_KERNEL:
+            dtype = _out_dtype(x, residual)
+            return _conv_op(x, weight, bias, residual, activation, pre_activation, dtype)
+        _dispatch.select('depthwise_conv', x, unsupported=f'kernel size {size} above {MAX_TRITON_KERNEL}')
     return _torch_depthwise_conv2d(x, weight, bias, residual, activation, pre_activation)
 
 

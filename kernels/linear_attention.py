@@ -235,7 +235,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, eps: float = 1e-4) -> T
     _check('linear_attention', q, k, v)
     if _dispatch.forced() == 'naive':
         return naive_linear_attention(q, k, v, eps=eps)
-    if torch.compiler.is_exporting():
+    if _dispatch.exporting():
         return _torch_linear_attention.linear_attention_fwd(q, k, v, eps, False)[0]
     return _linear_op(q, k, v, float(eps), _differentiated(q, k, v))[0]
 
@@ -283,7 +283,7 @@ def rank_augmented(
                 f"rank_augmented: {name} must have v's shape, dtype and device {tuple(v.shape)} {v.dtype} {v.device}, "
                 f'got {tuple(x.shape)} {x.dtype} {x.device}'
             )
-    exporting = torch.compiler.is_exporting()
+    exporting = _dispatch.exporting()
     if not exporting and height * width != q.shape[1]:  # an exporter would turn the comparison into a fixed size
         raise ValueError(f'rank_augmented: height * width must be T = {q.shape[1]}, got {height} * {width}')
     if _dispatch.forced() == 'naive':

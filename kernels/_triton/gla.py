@@ -144,7 +144,7 @@ class Plan:
         self.forms = (False,) if self.gate == 0 else (True,) if q.dtype == torch.float32 else (False, True)
         consts['LIMIT'] = float('inf') if self.forms == (True,) else LIMIT
         self.consts = consts
-        self.scan_consts = consts | {'BV': 16, 'VP': vp}
+        self.scan_consts = consts | {'BV': 16, 'VP': vp, 'TURNED': False}
         # What decides the compiled code: a kernel's constants, the types and the alignment of what it is given.
         code = (*consts.values(), q.dtype, None if g is None else g.dtype, self.state_dtype, q.device)
         self.codes = {aligned: _codes.setdefault((*code, aligned), len(_codes)) for aligned in (True, False)}

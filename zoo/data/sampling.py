@@ -17,7 +17,7 @@ from zoo.data.seeding import derive_seed, keyed_randomness
 
 # what Pillow raises for files that are missing, cut off, not images, or absurdly large
 UNREADABLE = (OSError, SyntaxError, ValueError, IndexError, struct.error, Image.DecompressionBombError)
-_SUBSTITUTES = 8
+SUBSTITUTES = 8
 
 
 class Source(Protocol):
@@ -65,8 +65,8 @@ class KeyedDataset(Dataset):
     def __getitem__(self, key: tuple[int, ...]) -> dict[str, Any]:
         index = key[1]
         failures: list[tuple[str, str]] = []
-        for attempt in range(1 + (_SUBSTITUTES if self.substitute else 0)):
-            chosen = index if attempt == 0 else derive_seed(index, attempt) % len(self.source)
+        for attempt in range(1 + (SUBSTITUTES if self.substitute else 0)):
+            chosen = index if attempt == 0 else substitute_for(index, attempt, len(self.source))
             name = self.source.name(chosen)
             try:
                 image, target = self.source.load(chosen)
@@ -79,8 +79,15 @@ class KeyedDataset(Dataset):
         return {'image': None, 'target': -1, 'name': '', 'failures': failures}
 
 
-def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stacks the readable samples; a batch without any has zero rows."""
+def substitute_for(index: int, attempt: int, length: int) -> int:
+    """The sample that takes the place of an unreadable one, the same in every epoch."""
+    return derive_seed(index, attempt) % length
+
+
+def collate(samples: list[dict[str, Any]] | dict[str, Any]) -> dict[str, Any]:
+    """Stacks the readable samples; a batch without any has zero rows. What is a batch already stays as it is."""
+    if isinstance(samples, dict):
+        return samples
     good = [s for s in samples if s['image'] is not None]
     return {
         'image': torch.stack([s['image'] for s in good]) if good else torch.zeros(0, 3, 1, 1),
