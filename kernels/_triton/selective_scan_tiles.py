@@ -267,7 +267,9 @@ def backward_tile(i, u, d, wt, bias, skip, A, B, C, dy, du, dd, dB, dC, entering
         # Backwards in time the tile's last row comes first, and takes what the next tile hands over.
         c = flip_rows(g_out * Cn[:, None])
         c = tl.where(first, c + pick(adjoint, n)[None, :], c)
-        g = flip_rows(tl.associative_scan((tl.full((BT, BD), 1.0, tl.float32), c, flip_rows(a)), 0, _compose_adjoint)[1])
+        g = flip_rows(
+            tl.associative_scan((tl.full((BT, BD), 1.0, tl.float32), c, flip_rows(a)), 0, _compose_adjoint)[1]
+        )
         adjoint = put(adjoint, n, tl.sum(tl.where(first, a * g, 0.0), 0))
         if RP > 0:
             # Sums over channels as products, each into its own column of the row [dt | B | C].
