@@ -301,17 +301,20 @@ def depthwise_kernel_reduce(
 class Config(NamedTuple):
     """Sizes of one kernel's tiles.
 
-    m: columns of a group; each: numbers of a tile per thread; ahead: rows whose loads are under way.
+    m: columns of a group; each: numbers of a tile per thread; ahead: rows whose loads are under way; registers: most
+    per thread, where the compiler alone would take so many that too few programs fit.
     """
 
     m: int
     each: int
     ahead: int
+    registers: int | None = None
 
 
-# By kernel size.
+# By kernel size. Wide groups where every value that is read goes through an activation first.
 FORWARD = {1: Config(2, 4, 2), 3: Config(2, 4, 2), 5: Config(2, 2, 1), 7: Config(2, 1, 1)}
-BACKWARD = {1: Config(2, 2, 1), 3: Config(2, 2, 1), 5: Config(2, 1, 1), 7: Config(1, 1, 1)}
+FORWARD_GELU = {1: Config(4, 2, 1), 3: Config(4, 2, 1), 5: Config(4, 1, 1), 7: Config(2, 1, 1)}
+BACKWARD = {1: Config(2, 2, 1), 3: Config(2, 2, 1), 5: Config(2, 1, 1), 7: Config(1, 1, 1, 168)}
 
 
 def block(C: int) -> int:
@@ -371,7 +374,7 @@ def _out(x, taps, bias, dy, residual, activation, pre_activation, dtype, K):
     """The forward kernel; with dy the gradient of conv(u) + bias."""
     B, H, W, C = x.shape
     out = torch.empty(B, H, W, C, dtype=dtype, device=x.device)
-    cfg = FORWARD[K] if pre_activation is None else Config(4 if W % 4 == 0 else 2, 2 if K == 3 else 1, 1)
+    cfg = (FORWARD if pre_activation is None else FORWARD_GELU)[K]
     unit = _unit(x) if dy is None else _unit(x, dy)
     tiles = cut(x, cfg, unit)
     consts = dict(
@@ -379,7 +382,8 @@ def _out(x, taps, bias, dy, residual, activation, pre_activation, dtype, K):
         ACT=activation, PRE=pre_activation, RESIDUAL=residual, GRAD=dy is not None,
     )  # fmt: skip
     sizes = *_strides(x, unit), *_strides(x if dy is None else dy, unit), *tiles.sizes
-    launch(depthwise_kernel_out, (tiles.count * tiles.blocks, 1, 1), (x, taps, bias, dy, out), sizes, consts)
+    grid = tiles.count * tiles.blocks, 1, 1
+    launch(depthwise_kernel_out, grid, (x, taps, bias, dy, out), sizes, consts, registers=cfg.registers)
     return out
 
 
@@ -435,7 +439,8 @@ def depthwise_conv2d_bwd(x, weight, bias, dy, residual, activation, pre_activati
     )  # fmt: skip
     sizes = *_strides(x, unit), *_strides(g, unit), *_strides(dy, unit), *tiles.sizes, tiles.count, share
     tensors = x, taps, g, dy if skip else None, dx, shares
-    launch(depthwise_kernel_gradients, (programs * tiles.blocks, 1, 1), tensors, sizes, consts)
+    grid = programs * tiles.blocks, 1, 1
+    launch(depthwise_kernel_gradients, grid, tensors, sizes, consts, registers=cfg.registers)
     consts = dict(TAPS=K * K, BP=64, BC=32, BIAS=bias is not None)
     grid = ceil_div(C, 32), K * K + consts['BIAS'], 1
     launch(depthwise_kernel_reduce, grid, (shares, dweight, dbias), (programs, C, padded), consts)
