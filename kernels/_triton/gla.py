@@ -268,14 +268,9 @@ class _Run:
             _launch(kernel, code, size, args, consts, options)
 
 
-_empty: dict[torch.device, torch.Tensor] = {}
-
-
 def _nothing(device: torch.device) -> torch.Tensor:
-    """A tensor that stands where none is needed."""
-    if device not in _empty:
-        _empty[device] = torch.zeros(16, dtype=torch.float32, device=device)
-    return _empty[device]
+    """A tensor that stands where none is needed; not kept, since CUDA graphs own what is allocated under them."""
+    return torch.empty(16, dtype=torch.float32, device=device)
 
 
 def _on_device_of_first(function):
