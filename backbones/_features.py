@@ -13,6 +13,7 @@ from timm.layers import trunc_normal_
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
+from zoo.backbones._layers import Pending, PreNormBlock, add_pending, add_then_norm
 
 __all__ = ['PyramidMixin', 'TokenMixin', 'squeeze_linears', 'unwrap_checkpoint']
 
@@ -43,13 +44,13 @@ class _CommonMixin:
     """What tokens and pyramids share; loading errors name a handful of keys and shapes, not all of them."""
 
     def load_state_dict(self, state_dict: Mapping, strict: bool = True, assign: bool = False):
-        """Load weights.
+        """Load weights, bare or in a checkpoint.
 
         Raises:
             RuntimeError: if keys or shapes do not fit, listing the first few of each kind.
         """
         own = self.state_dict()
-        fitted = self.adapt_state_dict(dict(state_dict))
+        fitted = self.adapt_state_dict(unwrap_checkpoint(state_dict))
         shapes = [
             f'{k}: file {tuple(fitted[k].shape)}, model {tuple(own[k].shape)}'
             for k in fitted
@@ -157,7 +158,8 @@ class TokenMixin(_CommonMixin):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, 3, H, W) to normalised tokens (B, h w, C)."""
-        return self.norm(_run(self, self.blocks, self.embed(x))).flatten(1, 2)
+        y, _ = add_then_norm(self.norm, *_run_pending(self, self.blocks, self.embed(x)))
+        return y.flatten(1, 2)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens (B, h w, C) to logits, or to pooled features with `pre_logits`."""
@@ -265,15 +267,18 @@ class PyramidMixin(_CommonMixin):
             x = _run(self, blocks, _run(self, entry, x))
         return self.final(x)
 
+    def norm_pooled(self, x: Tensor) -> Tensor:
+        """Hook: a norm of the pooled features (B, C), or of the map (B, C, h, w) where nothing is pooled."""
+        return x
+
     def classify(self, x: Tensor) -> Tensor:
         """Pooled features (B, num_features), after dropout, to logits."""
         return self.get_classifier()(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Map (B, C, h, w) to logits, or to pooled features with `pre_logits`."""
-        if self.global_pool == 'avg':
-            x = x.mean((2, 3))
-        elif self.num_classes and not pre_logits:
+        x = self.norm_pooled(x.mean((2, 3)) if self.global_pool == 'avg' else x)
+        if not self.global_pool and self.num_classes and not pre_logits:
             return self.classify(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         x = self.head_drop(x)
         return x if pre_logits else self.classify(x)
@@ -303,8 +308,17 @@ def _new_head(features: int, num_classes: int, like: Tensor) -> nn.Module:
 
 
 def _run(model: nn.Module, blocks, x: Tensor) -> Tensor:
+    return add_pending(*_run_pending(model, blocks, x))
+
+
+def _run_pending(model: nn.Module, blocks, x: Tensor) -> tuple[Tensor, Pending | None]:
+    """The stream after the blocks, and what of the last one is still to be added to it."""
     if model.grad_checkpointing and model.training and len(blocks) and not torch.jit.is_scripting():
-        return checkpoint_seq(blocks, x)
+        return checkpoint_seq(blocks, x), None
+    pending = None
     for block in blocks:
-        x = block(x)
-    return x
+        if isinstance(block, PreNormBlock) and block.takes_pending():
+            x, pending = block.run_pending(x, pending)
+        else:
+            x, pending = block(add_pending(x, pending)), None
+    return x, pending

@@ -19,33 +19,19 @@ from timm.layers import DropPath, to_2tuple, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_function
 from torch import Tensor, nn
 from zoo.backbones._features import PyramidMixin, TokenMixin, squeeze_linears, unwrap_checkpoint
-from zoo.kernels.gla import bidirectional_gla, gated_local_mix
+from zoo.backbones._layers import LayerNorm, LayerNorm2d, PreNormBlock, RMSNorm
+from zoo.kernels import _dispatch
+from zoo.kernels.depthwise_conv import DepthwiseConv2d, depthwise_conv2d
+from zoo.kernels.gla import bidirectional_gla, gated_local_mix, log_gates
+from zoo.kernels.swiglu import swiglu
 
 __all__ = ['HierViG', 'ViG', 'ViGMixer']
 
 GATE_LOGIT_NORMALIZER = 16
 XAVIER_GAIN = 2**-2.5
 
-register_notrace_function(bidirectional_gla)
-register_notrace_function(gated_local_mix)
-
-
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in fp32."""
-
-    def __init__(self, dim: int, eps: float = 1e-6, device=None, dtype=None):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim, device=device, dtype=dtype))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
-
-
-@register_notrace_function
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return F.rms_norm(x.to(dtype), weight.shape, weight.to(dtype), eps).to(x.dtype)
+for _op in (bidirectional_gla, depthwise_conv2d, gated_local_mix, log_gates, swiglu):
+    register_notrace_function(_op)
 
 
 class ViGMixer(nn.Module):
@@ -76,7 +62,9 @@ class ViGMixer(nn.Module):
         if dim % (2 * num_heads):
             raise ValueError(f'ViGMixer: dim = {dim} must be a multiple of 2 x num_heads = {2 * num_heads}')
         self.num_heads, self.conv_act, self.out_act, self.merge_scale = num_heads, conv_act, out_act, merge_scale
-        self.in_proj = nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False, **dd))
+        self.in_proj = nn.Sequential(
+            DepthwiseConv2d(dim, bias=False, activation='silu' if conv_act else None, nhwc=True, **dd)
+        )
         self.qkv_proj = nn.Linear(dim, 2 * dim, bias=False, **dd)
         self.gk_proj = nn.Sequential(nn.Linear(dim, gate_rank, bias=False, **dd), nn.Linear(gate_rank, dim, **dd))
         self.g_proj = nn.Linear(dim, dim, **dd)
@@ -87,40 +75,62 @@ class ViGMixer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, h, w, C) to (B, h, w, C)."""
         batch, height, width, dim = x.shape
-        x = self.in_proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
-        if self.conv_act:
-            x = F.silu(x)
-        tokens = x.reshape(batch, height * width, dim)
+        tokens = self.in_proj(x).reshape(batch, height * width, dim)
+        qkv, gate, gate_bias, r = self._project(tokens)
+        g_fwd, g_bwd = self._log_gates(r)
 
         def heads(t: Tensor) -> Tensor:
             return t.unflatten(-1, (self.num_heads, -1))
 
-        q, k, v = self.qkv_proj(tokens).split((dim // 2, dim // 2, dim), -1)
-        q, k, v = heads(q), heads(k), heads(v)
-        log_gates = F.logsigmoid(self.gk_proj(tokens)) / GATE_LOGIT_NORMALIZER
-        g_fwd, g_bwd = log_gates.chunk(2, -1)
+        q, k, v = qkv.split((dim // 2, dim // 2, dim), -1)
         scale = (dim // 2 // self.num_heads) ** -0.5 * self.merge_scale
-        o = bidirectional_gla(q, k, v, heads(g_fwd), heads(g_bwd), scale=scale, merge='sum')
-        gate = heads(self.g_proj(tokens).sigmoid())
-        y = gated_local_mix(o, heads(tokens), gate, self.g_norm.weight, self.l_norm.weight, self.g_norm.eps)
-        y = y.flatten(-2)
-        if self.out_act:
-            y = F.silu(y)
-        return self.o_proj(y).reshape(batch, height, width, dim)
+        o = bidirectional_gla(heads(q), heads(k), heads(v), heads(g_fwd), heads(g_bwd), scale=scale, merge='sum')
+        y = gated_local_mix(
+            o,
+            heads(tokens),
+            heads(gate),
+            self.g_norm.weight,
+            self.l_norm.weight,
+            self.g_norm.eps,
+            gate_logits=True,
+            gate_bias=gate_bias,
+            activation='silu' if self.out_act else None,
+        )
+        return self.o_proj(y.flatten(-2)).reshape(batch, height, width, dim)
+
+    def _project(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """[q | k | v], the 2D gate's logits, what is to be added to them, and the log gates' low-rank logits."""
+        layers = (self.qkv_proj, self.g_proj, self.gk_proj[0])
+        if not all(_is_plain(layer) for layer in layers):
+            return self.qkv_proj(tokens), self.g_proj(tokens), None, self.gk_proj[0](tokens)
+        # One product for all three; its slices are read in place.
+        weights = [layer.weight for layer in layers]
+        qkv, gate, r = F.linear(tokens, torch.cat(weights)).split([len(w) for w in weights], -1)
+        return qkv, gate, self.g_proj.bias, r
+
+    def _log_gates(self, r: Tensor) -> tuple[Tensor, Tensor]:
+        layer = self.gk_proj[1]
+        if _is_plain(layer):
+            return log_gates(r, layer.weight, layer.bias, GATE_LOGIT_NORMALIZER)
+        return (F.logsigmoid(layer(r)) / GATE_LOGIT_NORMALIZER).chunk(2, -1)
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether a layer is its weight and nothing else: neither an adapter, nor quantised, nor hooked."""
+    return (
+        type(layer) is nn.Linear
+        and type(layer.weight) in (nn.Parameter, Tensor)
+        and not layer._forward_hooks
+        and not layer._forward_pre_hooks
+    )
 
 
 def _swiglu_width(dim: int, multiple: int) -> int:
     return math.ceil(int(dim * 4 * 2 / 3) / multiple) * multiple
 
 
-def swiglu(x: Tensor, w_in: nn.Module, w_out: nn.Module) -> Tensor:
-    """(SiLU(a) * b) W_out with [a | b] = x W_in."""
-    a, b = w_in(x).chunk(2, -1)
-    return w_out(F.silu(a) * b)
-
-
 class SwiGLU(nn.Module):
-    """`swiglu` under plain ViG's key names."""
+    """(SiLU(a) * b) W_out with [a | b] = x W_in, under plain ViG's key names."""
 
     def __init__(self, dim: int, hidden: int, device=None, dtype=None):
         super().__init__()
@@ -128,11 +138,11 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(hidden, dim, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return swiglu(x, self.gate_proj, self.down_proj)
+        return self.down_proj(swiglu(self.gate_proj(x)))
 
 
 class HierSwiGLU(nn.Module):
-    """`swiglu` under ViG-H's key names."""
+    """`SwiGLU` under ViG-H's key names."""
 
     def __init__(self, dim: int, hidden: int, device=None, dtype=None):
         super().__init__()
@@ -140,7 +150,7 @@ class HierSwiGLU(nn.Module):
         self.fc2 = nn.Linear(hidden, dim, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return swiglu(x, self.fc1, self.fc2)
+        return self.fc2(swiglu(self.fc1(x)))
 
 
 class ChannelsLast(nn.Module):
@@ -157,13 +167,6 @@ class ChannelsFirst(nn.Module):
         return x.permute(0, 3, 1, 2)
 
 
-class LayerNorm2d(nn.LayerNorm):
-    """LayerNorm over the channels of an NCHW map."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
 class ViGPatchEmbed(nn.Module):
     """Two strided convs: kernel p/2 + 1 with stride p/2, then 3 x 3 with stride 2. (B, 3, H, W) to (B, h, w, C)."""
 
@@ -176,10 +179,10 @@ class ViGPatchEmbed(nn.Module):
         self.half = half
         self.proj = nn.Sequential(
             nn.Conv2d(in_chans, dim // 2, half + 1, half, 1, **dd),
-            LayerNorm2d(dim // 2, eps=1e-5, **dd),
+            LayerNorm2d(dim // 2, **dd),
             nn.SiLU(),
             nn.Conv2d(dim // 2, dim, 3, 2, 1, **dd),
-            LayerNorm2d(dim, eps=1e-5, **dd),
+            LayerNorm2d(dim, starts_stream=True, **dd),
         )
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
@@ -195,14 +198,14 @@ def add_pos_embed(x: Tensor, pos_embed: Tensor, grid: tuple[int, int]) -> Tensor
     """Add a position table (1, N, C) of `grid` to a map (B, h, w, C), resampled (bicubic) where the grids differ."""
     table = pos_embed.unflatten(1, grid)
     # Exported programs always resample: a size that is only known at run time cannot choose.
-    if torch.compiler.is_exporting() or tuple(x.shape[1:3]) != tuple(grid):
+    if _dispatch.exporting() or tuple(x.shape[1:3]) != tuple(grid):
         table = F.interpolate(
             table.float().permute(0, 3, 1, 2), size=x.shape[1:3], mode='bicubic', align_corners=False
         ).permute(0, 2, 3, 1)
     return x + table.to(x.dtype)
 
 
-class ViGBlock(nn.Module):
+class ViGBlock(PreNormBlock):
     """x + mixer(RMSNorm(x)), then x + SwiGLU(RMSNorm(x)), on (B, h, w, C)."""
 
     def __init__(self, dim: int, num_heads: int, drop_path: float, device=None, dtype=None, **mixer):
@@ -214,9 +217,8 @@ class ViGBlock(nn.Module):
         self.mlp = SwiGLU(dim, _swiglu_width(dim, 256 if dim >= 128 else 32), **dd)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attn(self.attn_norm(x)))
-        return x + self.drop_path(self.mlp(self.mlp_norm(x)))
+    def branches(self) -> tuple[tuple[nn.Module, nn.Module], ...]:
+        return (self.attn_norm, self.attn), (self.mlp_norm, self.mlp)
 
 
 class ViG(TokenMixin, nn.Module):
@@ -309,21 +311,20 @@ class ViG(TokenMixin, nn.Module):
         return add_pos_embed(x, self.pos_embed, self.grid_size)
 
 
-class HierBlock(nn.Module):
+class HierBlock(PreNormBlock):
     """x + mixer(LayerNorm(x)), then x + SwiGLU(LayerNorm(x)), on (B, h, w, C)."""
 
     def __init__(self, dim: int, num_heads: int, drop_path: float, merge_scale: float, device=None, dtype=None):
         super().__init__()
         dd = dict(device=device, dtype=dtype)
-        self.norm = nn.LayerNorm(dim, eps=1e-5, **dd)
+        self.norm = LayerNorm(dim, **dd)
         self.op = ViGMixer(dim, num_heads, merge_scale=merge_scale, **dd)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-5, **dd)
+        self.norm2 = LayerNorm(dim, **dd)
         self.mlp = HierSwiGLU(dim, _swiglu_width(dim, 32), **dd)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.op(self.norm(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+    def branches(self) -> tuple[tuple[nn.Module, nn.Module], ...]:
+        return (self.norm, self.op), (self.norm2, self.mlp)
 
 
 class HierStage(nn.Module):
@@ -339,7 +340,7 @@ class HierStage(nn.Module):
                 ChannelsFirst(),
                 nn.Conv2d(dim, out_dim, 3, 2, 1, **dd),
                 ChannelsLast(),
-                nn.LayerNorm(out_dim, eps=1e-5, **dd),
+                LayerNorm(out_dim, starts_stream=True, **dd),
             )
 
 
@@ -353,6 +354,7 @@ class HierViG(PyramidMixin, nn.Module):
         dims: channels of the stages.
         depths: blocks of the stages.
         head_dim: value channels per head; keys have half.
+        stem_stride: 4 as published; 2 or 1 for small images, with the same parameters.
         merge_scale: factor on the sum of the scan directions.
         drop_rate: dropout before the head.
         drop_path_rate: stochastic depth of the last block, rising linearly from 0.
@@ -369,6 +371,7 @@ class HierViG(PyramidMixin, nn.Module):
         dims: tuple[int, ...] = (96, 192, 384, 768),
         depths: tuple[int, ...] = (2, 2, 5, 2),
         head_dim: int = 32,
+        stem_stride: int = 4,
         merge_scale: float = 0.5,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
@@ -380,17 +383,19 @@ class HierViG(PyramidMixin, nn.Module):
         if global_pool not in ('avg', ''):
             raise ValueError(f"global_pool must be 'avg' or '' (no pooling), got {global_pool!r}")
         self.num_classes, self.in_chans, self.global_pool = num_classes, in_chans, global_pool
+        if stem_stride not in (1, 2, 4):
+            raise ValueError(f'stem_stride must be 1, 2 or 4, got {stem_stride!r}')
         self.num_features = self.head_hidden_size = dims[-1]
         self.grad_checkpointing = False
         self.patch_embed = nn.Sequential(
-            nn.Conv2d(in_chans, dims[0] // 2, 3, 2, 1, **dd),
+            nn.Conv2d(in_chans, dims[0] // 2, 3, 2 if stem_stride == 4 else 1, 1, **dd),
             ChannelsLast(),
-            nn.LayerNorm(dims[0] // 2, eps=1e-5, **dd),
+            LayerNorm(dims[0] // 2, **dd),
             ChannelsFirst(),
             nn.GELU(),
-            nn.Conv2d(dims[0] // 2, dims[0], 3, 2, 1, **dd),
+            nn.Conv2d(dims[0] // 2, dims[0], 3, 2 if stem_stride > 1 else 1, 1, **dd),
             ChannelsLast(),
-            nn.LayerNorm(dims[0], eps=1e-5, **dd),
+            LayerNorm(dims[0], starts_stream=True, **dd),
         )
         rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device='cpu').tolist())
         self.layers = nn.ModuleList()
@@ -398,9 +403,9 @@ class HierViG(PyramidMixin, nn.Module):
         for i, (dim, depth) in enumerate(zip(dims, depths)):
             blocks = [HierBlock(dim, dim // head_dim, next(rates), merge_scale, **dd) for _ in range(depth)]
             self.layers.append(HierStage(blocks, dim, dims[i + 1] if i + 1 < len(dims) else None, **dd))
-            self.feature_info.append(dict(module=f'layers.{i}', num_chs=dim, reduction=4 * 2**i))
+            self.feature_info.append(dict(module=f'layers.{i}', num_chs=dim, reduction=stem_stride * 2**i))
         self.classifier = nn.Module()
-        self.classifier.norm = nn.LayerNorm(dims[-1], eps=1e-5, **dd)
+        self.classifier.norm = LayerNorm(dims[-1], **dd)
         self.head_drop = nn.Dropout(drop_rate)
         self.classifier.head = nn.Linear(dims[-1], num_classes, **dd) if num_classes else nn.Identity()
         self.init_weights()

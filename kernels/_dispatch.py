@@ -16,6 +16,7 @@ from contextlib import ContextDecorator
 import torch
 
 BACKENDS = ('auto', 'naive', 'torch', 'triton')
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _forced = 'auto'
 _told: set[str] = set()
@@ -74,6 +75,14 @@ def _why_not_triton(family: str, tensors: tuple[torch.Tensor, ...], unsupported:
     return unsupported
 
 
+def exporting() -> bool:
+    """Whether torch.export or an ONNX export traces the code, which then takes plain torch operations.
+
+    `torch.compiler.is_exporting()` itself is true in every compiled program before torch 2.12: Dynamo folds it.
+    """
+    return torch.compiler._is_exporting_flag
+
+
 def forced() -> str:
     """The backend set by `kernel_backend`, `auto` by default."""
     return _forced
@@ -108,6 +117,37 @@ def select(family: str, *tensors: torch.Tensor, unsupported: str | None = None) 
         _told.add(f'{family}:{reason}')
         warnings.warn(f'zoo.kernels.{family}: using the slower torch path on the GPU: {reason}', stacklevel=3)
     return 'torch'
+
+
+@functools.cache
+def _remembered(family: str, device: torch.device, dtype: torch.dtype, forced: str) -> bool:
+    unsupported = None if dtype in TRITON_DTYPES else f'dtype {str(dtype).removeprefix("torch.")}'
+    return select(family, torch.empty(0, device=device), unsupported=unsupported) == 'triton'
+
+
+@torch.compiler.assume_constant_result
+def _ready(family: str, device: torch.device, dtype: torch.dtype, forced: str) -> bool:
+    return _remembered(family, device, dtype, forced)  # the compiler looks through a cache, but not into this function
+
+
+def takes_triton(family: str, x: torch.Tensor) -> bool:
+    """Whether an op whose torch path is plain PyTorch runs its Triton kernels for this tensor.
+
+    Such an op decides before the compiler or autograd see it, so that its torch path is theirs to trace; the answer
+    is remembered per device, dtype and forced backend, and is a constant of a compiled program. Exports never do.
+
+    Raises:
+        RuntimeError: if `kernel_backend('triton')` is forced and Triton cannot run.
+    """
+    return not exporting() and _ready(family, x.device, x.dtype, _forced)
+
+
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """The dtype in which autocast computes on this tensor's device, or None where it is off."""
+    kind = x.device.type
+    if kind == 'meta' or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 def explain(family: str, device: str) -> str:

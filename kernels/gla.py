@@ -19,12 +19,13 @@ per direction and batch entry, whatever the implementation really does.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 from zoo.kernels import _dispatch, _torch_gla
+from zoo.kernels._op import Op
+from zoo.kernels.mix import gated_local_mix, log_gates
 
-__all__ = ['bidirectional_gla', 'gated_linear_attention', 'gated_local_mix', 'naive_gla']
+__all__ = ['bidirectional_gla', 'gated_linear_attention', 'gated_local_mix', 'log_gates', 'naive_gla']
 
 
 def naive_gla(
@@ -74,8 +75,7 @@ def _expand_gate(g: Tensor, q: Tensor) -> Tensor:
 # Custom ops. Optional results are empty tensors inside the ops: `Tensor | None` in a returned tuple is not supported.
 
 
-@torch.library.custom_op('zoo::gated_linear_attention', mutates_args=())
-def _gla_op(
+def _gla_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -91,8 +91,7 @@ def _gla_op(
     return o, q.new_empty(0) if state is None else state
 
 
-@_gla_op.register_fake
-def _(q, k, v, g, scale, initial_state, output_final_state, reverse, cu_seqlens):
+def _gla_fake(q, k, v, g, scale, initial_state, output_final_state, reverse, cu_seqlens):
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if not output_final_state:
         return v.new_empty(v.shape), q.new_empty(0)
@@ -100,8 +99,7 @@ def _(q, k, v, g, scale, initial_state, output_final_state, reverse, cu_seqlens)
     return v.new_empty(v.shape), q.new_empty(shape, dtype=_state_dtype(q))
 
 
-@torch.library.custom_op('zoo::gated_linear_attention_backward', mutates_args=())
-def _gla_backward_op(
+def _gla_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -118,8 +116,7 @@ def _gla_backward_op(
     return tuple(q.new_empty(0) if grad is None else grad for grad in grads)
 
 
-@_gla_backward_op.register_fake
-def _(q, k, v, g, scale, initial_state, do, dfinal, reverse, cu_seqlens):
+def _gla_backward_fake(q, k, v, g, scale, initial_state, do, dfinal, reverse, cu_seqlens):
     return tuple(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (q, k, v, g, initial_state))
 
 
@@ -129,7 +126,7 @@ def _gla_setup(ctx, inputs, output):
     ctx.scale, ctx.reverse, ctx.has_final = scale, reverse, output_final_state
 
 
-def _gla_backward(ctx, do, dfinal):
+def _gla_gradients(ctx, do, dfinal):
     q, k, v, g, initial_state, cu_seqlens = ctx.saved_tensors
     do = torch.zeros_like(v) if do is None else do
     dfinal = dfinal if ctx.has_final else None
@@ -139,11 +136,11 @@ def _gla_backward(ctx, do, dfinal):
     return dq, dk, dv, None if g is None else dg, None, None if initial_state is None else dinitial, None, None, None
 
 
-_gla_op.register_autograd(_gla_backward, setup_context=_gla_setup)
+_gla_backward_op = Op('zoo::gated_linear_attention_backward', _gla_backward, _gla_backward_fake)
+_gla_op = Op('zoo::gated_linear_attention', _gla_forward, _gla_fake, _gla_setup, _gla_gradients)
 
 
-@torch.library.custom_op('zoo::bidirectional_gla', mutates_args=())
-def _bidirectional_op(
+def _bidirectional_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -155,13 +152,7 @@ def _bidirectional_op(
     return _implementation(q, k, v, g_fwd).bidirectional_gla_fwd(q, k, v, g_fwd, g_bwd, scale, cu_seqlens)
 
 
-@_bidirectional_op.register_fake
-def _(q, k, v, g_fwd, g_bwd, scale, cu_seqlens):
-    return v.new_empty(v.shape)
-
-
-@torch.library.custom_op('zoo::bidirectional_gla_backward', mutates_args=())
-def _bidirectional_backward_op(
+def _bidirectional_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -176,8 +167,7 @@ def _bidirectional_backward_op(
     return tuple(q.new_empty(0) if grad is None else grad for grad in grads)
 
 
-@_bidirectional_backward_op.register_fake
-def _(q, k, v, g_fwd, g_bwd, scale, do, cu_seqlens):
+def _bidirectional_backward_fake(q, k, v, g_fwd, g_bwd, scale, do, cu_seqlens):
     return tuple(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (q, k, v, g_fwd, g_bwd))
 
 
@@ -187,14 +177,23 @@ def _bidirectional_setup(ctx, inputs, output):
     ctx.scale = scale
 
 
-def _bidirectional_backward(ctx, do):
+def _bidirectional_gradients(ctx, do):
     q, k, v, g_fwd, g_bwd, cu_seqlens = ctx.saved_tensors
     grads = _bidirectional_backward_op(q, k, v, g_fwd, g_bwd, ctx.scale, do, cu_seqlens)
     dg_fwd, dg_bwd = (None, None) if g_fwd is None else grads[3:]
     return *grads[:3], dg_fwd, dg_bwd, None, None
 
 
-_bidirectional_op.register_autograd(_bidirectional_backward, setup_context=_bidirectional_setup)
+_bidirectional_backward_op = Op(
+    'zoo::bidirectional_gla_backward', _bidirectional_backward, _bidirectional_backward_fake
+)
+_bidirectional_op = Op(
+    'zoo::bidirectional_gla',
+    _bidirectional_forward,
+    lambda q, k, v, *_: v.new_empty(v.shape),
+    _bidirectional_setup,
+    _bidirectional_gradients,
+)
 
 
 def _implementation(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None):
@@ -304,7 +303,7 @@ def gated_linear_attention(
             reverse=reverse,
             cu_seqlens=cu_seqlens,
         )
-    if torch.compiler.is_exporting():
+    if _dispatch.exporting():
         _no_packing_in_export(cu_seqlens)
         o, state = _torch_gla.export_gla(q, k, v, [(g, reverse)], scale, initial_state)
         return o, state if output_final_state else None
@@ -350,7 +349,7 @@ def bidirectional_gla(
     if _dispatch.forced() == 'naive':
         kwargs = dict(scale=scale, cu_seqlens=cu_seqlens)
         return naive_gla(q, k, v, g_fwd, **kwargs)[0] + naive_gla(q, k, v, g_bwd, reverse=True, **kwargs)[0]
-    if torch.compiler.is_exporting():
+    if _dispatch.exporting():
         _no_packing_in_export(cu_seqlens)
         return _torch_gla.export_gla(q, k, v, [(g_fwd, False), (g_bwd, True)], scale, None)[0]
     return _bidirectional_op(q, k, v, g_fwd, g_bwd, float(scale), cu_seqlens)
@@ -359,33 +358,3 @@ def bidirectional_gla(
 def _no_packing_in_export(cu_seqlens: Tensor | None) -> None:
     if cu_seqlens is not None:
         raise ValueError('cu_seqlens cannot be exported: pass one sequence per batch row instead')
-
-
-def gated_local_mix(
-    o: Tensor, local: Tensor, gate: Tensor, w_global: Tensor, w_local: Tensor, eps: float = 1e-6
-) -> Tensor:
-    """ViG's 2D gated locality injection: gate * RMSNorm(o) + (1 - gate) * RMSNorm(local), per head.
-
-    Args:
-        o: the scan's output (B, T, H, V).
-        local: the local branch (B, T, H, V).
-        gate: mixing weights in [0, 1], after the sigmoid (B, T, H, V).
-        w_global: weight (V,) of o's norm, shared by the heads.
-        w_local: weight (V,) of the local branch's norm.
-        eps: added to the mean square of both norms.
-
-    Returns:
-        The mixture (B, T, H, V) in o's dtype; the norms are computed in fp32.
-    """
-    if not o.shape == local.shape == gate.shape:
-        raise ValueError(
-            f'gated_local_mix: o, local and gate must share one shape (B, T, H, V), '
-            f'got {tuple(o.shape)}, {tuple(local.shape)}, {tuple(gate.shape)}'
-        )
-    mixed = torch.lerp(_rms_norm(local, w_local, eps), _rms_norm(o, w_global, eps), gate.to(_state_dtype(o)))
-    return mixed.to(o.dtype)
-
-
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    dtype = _state_dtype(x)
-    return F.rms_norm(x.to(dtype), weight.shape, weight.to(dtype), eps)

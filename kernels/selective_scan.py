@@ -301,7 +301,7 @@ def selective_scan(
     arguments = (u, delta, A, B, C, D, delta_bias, delta_softplus, reverse)
     if _dispatch.forced() == 'naive':
         return naive_selective_scan(*arguments)
-    if torch.compiler.is_exporting():
+    if _dispatch.exporting():
         return _torch_selective_scan.export_selective_scan(*arguments)
     return _scan_op(*arguments)
 
@@ -357,6 +357,6 @@ def selective_scan_2d(
     p = F.linear(pixels, x_proj_weight.to(x.dtype).flatten(0, 1))
     A = -A_logs.to(torch.promote_types(x.dtype, torch.float32)).exp()
     arguments = (pixels, p, dt_projs_weight, dt_projs_bias, A, Ds, directions)
-    if torch.compiler.is_exporting():
+    if _dispatch.exporting():
         return _torch_selective_scan.export_selective_scan_2d(*arguments).permute(0, 3, 1, 2)
     return _scan_2d_op(*(t.contiguous() if torch.is_tensor(t) else t for t in arguments)).permute(0, 3, 1, 2)

@@ -1,5 +1,6 @@
 """The benchmark measures what it says, beside its peers, and writes down its conditions."""
 
+import dataclasses
 import json
 import time
 
@@ -7,9 +8,11 @@ import pytest
 import torch
 
 from zoo.errors import ZooError
-from zoo.tools._bench_kernels import SHAPES, floor_bytes
+from zoo.tools import _bench_kernels, _bench_models
+from zoo.tools._bench_case import Case
+from zoo.tools._bench_models import PEERS
 from zoo.tools._timing import interleaved
-from zoo.tools.bench import PEERS, cli_bench
+from zoo.tools.bench import cli_bench
 
 FAST = ['--device', 'cpu', '--repeats', '2', '--warmup', '1']
 CONDITIONS = ('device', 'device_kind', 'threads', 'versions', 'commit', 'dtype', 'date', 'compile')
@@ -40,8 +43,6 @@ def test_models(tmp_path, capsys):
 
 def test_defaults_cover_what_is_promised(tmp_path, monkeypatch):
     """Without arguments: inference at 224 and 1024 and a training step at 224, the smallest ViG beside DeiT-tiny."""
-    from zoo.tools import bench as tool
-
     seen = []
 
     def fake(scenario, names, args):
@@ -49,7 +50,7 @@ def test_defaults_cover_what_is_promised(tmp_path, monkeypatch):
         return [{'model': n, 'size': scenario.size, 'batch': scenario.batch, 'train': scenario.train, 'median_ms': 1.0,
                  'min_ms': 1.0, 'images_per_s': 1.0, 'cold_ms': 1.0} for n in names]  # fmt: skip
 
-    monkeypatch.setattr(tool, 'measure', fake)
+    monkeypatch.setattr(_bench_models, 'measure', fake)
     result = bench(tmp_path, 'models')
     pair = ('vig_tiny_patch16_224', 'deit_tiny_patch16_224')
     assert seen == [(224, False, pair), (1024, False, pair), (224, True, pair)]
@@ -62,26 +63,117 @@ def test_defaults_cover_what_is_promised(tmp_path, monkeypatch):
 SLOW_COMPILE = pytest.param(['--compile'], marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize('flags', [['--train'], SLOW_COMPILE, ['--channels-last', '--dtype', 'bf16']])
+MODES = [['--train'], SLOW_COMPILE, ['--channels-last', '--dtype', 'bf16'], ['--pure', '--dtype', 'bf16', '--fuse']]
+
+
+@pytest.mark.parametrize('flags', MODES)
 def test_model_modes(flags, tmp_path):
     result = bench(tmp_path, 'models', '--models', 'test_vig', '--img-size', '32', '--batch-size', '2', *flags)
     (row,) = result['results']
     assert row['train'] == ('--train' in flags)
-    assert result['compile'] == ('--compile' in flags) and result['channels_last'] == ('--channels-last' in flags)
+    assert row['compile'] == ('--compile' in flags) and row['channels_last'] == ('--channels-last' in flags)
+    assert row['fused'] == ('--fuse' in flags) and result['pure'] == ('--pure' in flags)
+
+
+def test_a_failing_model_is_a_row(tmp_path, monkeypatch):
+    plain = _bench_models.build
+
+    def build(name, **kwargs):
+        if name == 'test_vit':
+            raise RuntimeError('out of luck')
+        return plain(name, **kwargs)
+
+    monkeypatch.setattr(_bench_models, 'build', build)
+    names = ['--models', 'test_vig', '--peers', 'test_vit,test_resnet', '--relative-to', 'test_resnet']
+    size = ['--img-size', 'native', '--batch-size', '2', '--train', 'both', '--channels-last', 'test_res*']
+    result = bench(tmp_path, 'models', *names, *size)
+    assert len(result['results']) == 6 and result['complete']
+    for train in (False, True):
+        rows = {r['model']: r for r in result['results'] if r['train'] == train}
+        assert rows['test_vit']['error'] == 'RuntimeError: out of luck'
+        vig, resnet = rows['test_vig'], rows['test_resnet']
+        assert vig['speed_ratio'] == pytest.approx(vig['images_per_s'] / resnet['images_per_s'], rel=0.01)
+        assert resnet['channels_last'] and not vig['channels_last']
+        assert vig['size'] == 96 and resnet['size'] == 160
+    assert [(r['model'], r['peer'], r['train']) for r in result['ratios']] == [
+        ('test_vig', 'test_resnet', False),
+        ('test_vig', 'test_resnet', True),
+    ]
 
 
 def test_kernels(tmp_path, capsys):
-    result = bench(tmp_path, 'kernels', '--shapes', 'vig_small_224')
-    rows = {(r['op'], r['pass']): r for r in result['results']}
-    assert {op for op, _ in rows} == {'bidirectional_gla', 'gated_linear_attention', 'SDPA, full'}
-    assert {p for _, p in rows} == {'fwd', 'fwd+bwd'}
-    assert 0 < rows['bidirectional_gla', 'fwd']['floor_ms'] < rows['bidirectional_gla', 'fwd']['median_ms']
-    assert result['copy_gb_per_s'] > 0 and 'copy bandwidth' in capsys.readouterr().out
+    result = bench(tmp_path, 'kernels', '--shapes', 'vig_small_224', '--ops', 'bidirectional_gla')
+    rows = {(r['implementation'], r['pass']): r for r in result['results']}
+    assert set(rows) == {(i, p) for i in ('zoo', 'SDPA, full') for p in ('fwd', 'fwd+bwd')}
+    for what in ('fwd', 'fwd+bwd'):
+        ours, peer = rows['zoo', what], rows['SDPA, full', what]
+        assert 0 < ours['floor_ms'] < ours['median_ms'] and ours['dims']['B'] == 4
+        assert peer['times_ours'] == pytest.approx(peer['median_ms'] / ours['median_ms'], rel=0.01)
+    assert result['complete'] and result['copy_gb_per_s'] > 0 and 'copy bandwidth' in capsys.readouterr().out
+
+
+def _toy_case(**peers):
+    def make(device, dtype, seed):
+        rng = torch.Generator(device).manual_seed(seed)
+        return torch.randn(64, 8, 4, generator=rng, device=device).to(dtype), torch.ones(64, device=device), None
+
+    def twice(x, scale, nothing):
+        return 2 * x
+
+    return Case('twice', 'toy', make, twice, peers, 2 * 64 * 32 * 2, 2 * 64 * 32 * 2, {'B': 64, 'T': 8, 'D': 4})
+
+
+def test_a_failing_peer_is_a_row(tmp_path, monkeypatch):
+    """Failures and overlong first calls are reported, the others still measured, and rows of a stopped run stay."""
+
+    def fails(x, *_):
+        raise RuntimeError('no such kernel')
+
+    def hangs(x, *_):
+        time.sleep(30)
+
+    broken = dataclasses.replace(_toy_case(), shape='broken', make=fails)
+    stops = dataclasses.replace(_toy_case(), shape='stops', ours=lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(_bench_kernels, 'all_cases', lambda: [_toy_case(fails=fails, hangs=hangs), broken, stops])
+    with pytest.raises(KeyboardInterrupt):
+        bench(tmp_path, 'kernels', '--peer-seconds', '0.2')
+    result = json.loads((tmp_path / 'out' / 'result.json').read_text())
+    assert not result['complete']
+    toy = {r['implementation']: r for r in result['results'] if r['shape'] == 'toy' and r['pass'] == 'fwd+bwd'}
+    assert toy['zoo']['median_ms'] > 0
+    assert 'no such kernel' in toy['fails']['error'] and 'TimeoutError' in toy['hangs']['error']
+    assert 'no such kernel' in result['results'][-1]['error'] and result['results'][-1]['shape'] == 'broken'
+
+
+def test_peers_are_chosen_by_label():
+    case = _toy_case(**{'SDPA, full': abs, 'fla scan': abs, 'compiled': abs})
+    chosen = {words: list(_bench_kernels._implementations(case, words)) for words in ('auto', 'none', 'all', 'fla')}
+    assert chosen == {'auto': ['zoo', 'SDPA, full', 'compiled'], 'none': ['zoo'], 'all': ['zoo', *case.peers],
+                      'fla': ['zoo', 'fla scan']}  # fmt: skip
+
+
+def test_errors_are_those_of_the_op():
+    """A result off by one percent has that error, and the batch is cut for the comparison."""
+    case = dataclasses.replace(_toy_case(), reference=lambda x, scale, nothing: 2.02 * x)
+    found = _bench_kernels.errors(case, 'cpu', torch.float32, backward=True)
+    assert set(found) == {'o0', 'd0'} and all(e == pytest.approx(0.02 / 2.02, rel=0.01) for e in found.values())
+    inputs = _bench_kernels.make_inputs(case, 'cpu', torch.bfloat16, 0, batch=3)
+    assert inputs[0].shape == (3, 8, 4) and inputs[1].shape == (64,) and inputs[0].requires_grad
+
+
+def test_every_case_is_named_once():
+    cases = _bench_kernels.all_cases()
+    names = [(case.op, case.shape) for case in cases]
+    assert len(set(names)) == len(names) >= 9
+    for case in cases:
+        assert 0 < case.bytes_forward and 0 < case.bytes_backward and case.dims['B'] > 0
 
 
 def test_byte_floor():
     """q, k, two gates of 32 channels, v and o of 64: 128 x 196 x 6 x 256 numbers of two bytes."""
-    assert floor_bytes(SHAPES['vig_small_224'], 2, 2) == 128 * 196 * 6 * 256 * 2
+    case = next(c for c in _bench_kernels.all_cases() if c.op == 'bidirectional_gla' and c.shape == 'vig_small_224')
+    assert case.bytes_forward == 128 * 196 * 6 * 256 * 2
+    assert case.bytes_backward == 128 * 196 * 6 * (2 * 192 + 64) * 2
 
 
 def test_medians_are_interleaved_and_cold_is_apart():
@@ -104,7 +196,9 @@ def test_mistakes(tmp_path):
     for argv, words in (
         (['models', '--models', 'vig_tinny'], 'unknown model'),
         (['models', '--img-size', '32', '64', '96', '--batch-size', '1', '2'], '--batch-size'),
+        (['models', '--models', 'test_vig', '--relative-to', 'test_vit'], '--relative-to'),
         (['kernels', '--shapes', 'huge'], 'vig_small_224'),
+        (['kernels', '--ops', 'convolution'], 'bidirectional_gla'),
     ):
         with pytest.raises(ZooError, match=words):
             cli_bench([*argv, *FAST])

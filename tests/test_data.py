@@ -1,5 +1,6 @@
 """Data modules: splits, order, clear errors, unreadable files, streams."""
 
+import dataclasses
 import io
 import json
 import pickle
@@ -12,8 +13,10 @@ import torch
 from PIL import Image
 
 from zoo.data import Augment, Digits, HubImages, ImageFolder, ImageList, TarShards, View
+from zoo.data.base import ListSource
+from zoo.data.cache import CachedSource, DeviceTransform
 from zoo.data.sampling import EpochSampler, KeyedDataset
-from zoo.data.seeding import derive_seed, keyed_randomness
+from zoo.data.seeding import derive_seed, keyed_randomness, keyed_uniform
 from zoo.data.shards import expand_shards, read_shard
 from zoo.errors import ZooError
 
@@ -99,6 +102,33 @@ def test_ranks_share_without_overlap(shuffle):
     assert len(seen) == len(set(seen)) == (9 if shuffle else 11)
     if shuffle:
         assert {len(p) for p in parts} == {3}
+
+
+@pytest.mark.parametrize('world', [1, 2])
+def test_repeated_augmentation(world):
+    """Each image thrice, copies side by side over the ranks, as timm's sampler has it; another draw for each copy."""
+    parts = [list(EpochSampler(12, 0, True, rank, world, repeats=3)) for rank in range(world)]
+    keys = [key for keys in zip(*parts, strict=True) for key in keys]
+    images = [index for _, index, _ in keys]
+    assert len(set(images)) == 4 and all(len(set(images[i : i + 3])) == 1 for i in range(0, 12, 3))
+    assert [copy for *_, copy in keys] == 4 * [0, 1, 2]
+    once = [index for _, index in EpochSampler(12, 0, True)]
+    assert images[::3] == once[:4]
+    assert [len(key) for key in EpochSampler(12, 0, False, repeats=3)] == 12 * [2], 'evaluation sees every image once'
+    resumed = EpochSampler(12, 0, True, 0, world, repeats=3)
+    resumed.resume(0, 2)
+    assert list(resumed) == parts[0][2:]
+
+    class Pictures:
+        name = staticmethod(str)
+        load = staticmethod(lambda index: (Image.new('RGB', (8, 8)), index))
+
+        def __len__(self):
+            return 12
+
+    data = KeyedDataset(Pictures(), lambda image: torch.rand(1).item())
+    assert len({data[key]['image'] for key in keys}) == 12
+    assert data[keys[0]]['image'] == data[keys[0]]['image']
 
 
 def test_seeds_differ_by_every_part_of_the_key():
@@ -432,3 +462,137 @@ def test_shards_cannot_hide_members(tmp_path):
     write_shard(tmp_path / 'x.tar', [('../../0.jpg', b''), ('0.PKL', b'')])
     with pytest.raises(ZooError, match='refused 0.PKL'):
         list(read_shard(str(tmp_path / 'x.tar')))
+
+
+# decoded images in memory, transforms on the device
+
+
+@pytest.fixture
+def spoilt(folder):
+    (folder / 'train' / 'bee' / '1.png').write_bytes(b'not an image')
+    return folder
+
+
+def batches(loader):
+    return [{**b, 'image': b['image'].clone()} for b in loader]
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_cached_images_are_the_same(spoilt, workers):
+    """The same batches, substitutes of the unreadable one and its report included."""
+    found = []
+    for cache in (None, 'memory'):
+        data = ImageFolder(str(spoilt), **{**SMALL, 'num_workers': workers}, cache=cache)
+        data.setup()
+        found.append(batches(data.train_dataloader()) + batches(data.val_dataloader()))
+    for plain, cached in zip(*found):
+        assert torch.equal(plain['image'], cached['image']) and torch.equal(plain['target'], cached['target'])
+        assert plain['name'] == cached['name'] and len(plain['failures']) == len(cached['failures'])
+    assert sum(len(b['failures']) for b in found[1]) == 1
+
+
+def test_cache_keeps_images_of_any_size_and_mode():
+    rng = np.random.default_rng(0)
+    arrays = [rng.integers(0, 256, shape, dtype=np.uint8) for shape in ((3, 5), (7, 2), (3, 5))]
+    source = ListSource([(str(i), i) for i in range(3)], lambda name: Image.fromarray(arrays[int(name)]))
+    for mode in ('L', 'RGB'):
+        cached = CachedSource(source, mode)
+        assert cached.size is None and len(cached) == 3
+        for i, array in enumerate(arrays):
+            image, target = cached.load(i)
+            assert image.mode == mode and target == i
+            assert np.array_equal(np.array(image), np.array(Image.fromarray(array).convert(mode)))
+
+
+def device_folder(folder, **kwargs):
+    data = ImageFolder(str(folder), **{**SMALL, **kwargs}, cache='memory', transform_on='device')
+    data.setup()
+    return data
+
+
+def on_device(data, loader):
+    return [data.on_after_batch_transfer(batch, 0) for batch in loader]
+
+
+PLAIN = Augment(scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=0.0, color_jitter=None)
+
+
+@pytest.mark.parametrize('channels', [1, 3])
+def test_device_evaluation_is_that_of_the_worker(folder, channels):
+    view = View(size=16, crop_pct=0.8, channels=channels)
+    device = device_folder(folder, view=view, augment=PLAIN)
+    worker = ImageFolder(str(folder), **{**SMALL, 'view': view})
+    worker.setup()
+    for a, b in zip(on_device(device, device.val_dataloader()), worker.val_dataloader()):
+        assert a['name'] == b['name'] and a['image'].shape == b['image'].shape and 'uniform' not in a
+        assert (a['image'] - b['image']).abs().max() < 0.03, 'a uint8 step of rounding, divided by std'
+
+
+def test_device_crop_of_the_whole_image_is_the_image(folder):
+    """Scale 1 on square images: pixel for pixel, mirrored with hflip 1."""
+    for path in folder.rglob('*.png'):
+        Image.open(path).resize((16, 16)).save(path)
+    whole = device_folder(folder, augment=PLAIN)
+    mirrored = device_folder(folder, augment=dataclasses.replace(PLAIN, hflip=1.0))
+    raw = {whole.splits['train'].name(i): np.array(whole.splits['train'].load(i)[0]) for i in range(12)}
+    for a, b in zip(on_device(whole, whole.train_dataloader()), on_device(mirrored, mirrored.train_dataloader())):
+        assert torch.allclose(a['image'], b['image'].flip(-1), atol=1e-4)
+        std, mean = (torch.tensor(x).view(3, 1, 1) for x in (whole.view.std, whole.view.mean))
+        for image, name in zip(a['image'], a['name']):
+            expected = torch.from_numpy(raw[name]).permute(2, 0, 1)
+            assert torch.allclose((image * std + mean) * 255, expected.float(), atol=1e-2)
+
+
+def test_device_crops_keep_to_scale_and_image():
+    augment = Augment(scale=(0.3, 0.6), ratio=(0.5, 2.0), hflip=0.25, color_jitter=None)
+    transform = DeviceTransform(View(size=9), augment)
+    index = torch.arange(4000)
+    uniform = keyed_uniform(3, torch.zeros_like(index), index, DeviceTransform.RANDOM_NUMBERS)
+    grid = transform.crops(uniform, (30, 40))
+    width, height = (grid[:, 0, -1, 0] - grid[:, 0, 0, 0]) / 2, (grid[:, -1, 0, 1] - grid[:, 0, 0, 1]) / 2
+    w, h = width.abs() * 40 * 9 / 8, height * 30 * 9 / 8  # between the centres of the outer pixels: 8 of 9
+    assert grid.abs().max() <= 1 and (width < 0).float().mean() == pytest.approx(0.25, abs=0.03)
+    area, ratio = w * h / 1200, w / h
+    assert 0.299 < area.min() < 0.32 and 0.58 < area.max() < 0.601 and area.mean() == pytest.approx(0.45, abs=0.01)
+    assert 0.499 < ratio.min() < 0.53 and 1.9 < ratio.max() < 2.001
+
+
+def test_keyed_uniform_is_uniform_and_keyed():
+    epochs, index = torch.zeros(20000, dtype=torch.long), torch.arange(20000)
+    a = keyed_uniform(0, epochs, index, 3)
+    assert a.dtype == torch.float32 and 0 <= a.min() and a.max() < 1
+    assert torch.allclose(a.mean(0), torch.full((3,), 0.5), atol=0.01)
+    assert torch.allclose(a.var(0), torch.full((3,), 1 / 12), atol=0.002)
+    others = [keyed_uniform(1, epochs, index, 3), keyed_uniform(0, epochs + 1, index, 3), a.roll(1, 0), a.roll(1, 1)]
+    for b in others:
+        assert torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1].abs() < 0.02
+    assert torch.equal(a[7:9], keyed_uniform(0, epochs[7:9], index[7:9], 3)), 'not of the rest of the batch'
+
+
+def test_device_transforms_resume_and_replace(spoilt):
+    """Random numbers follow epoch and index, not the place in the run; unreadable images are replaced and reported."""
+    data = device_folder(spoilt, augment=Augment(color_jitter=None))
+    loader = data.train_dataloader()
+    loader.sampler.set_epoch(1)
+    whole = on_device(data, loader)
+    loader.sampler.resume(1, 4)
+    for a, b in zip(whole[1:], on_device(data, loader)):
+        assert a['name'] == b['name'] and torch.equal(a['image'], b['image'])
+    loader.sampler.set_epoch(2)
+    assert not torch.equal(whole[0]['image'], on_device(data, loader)[0]['image'])
+    assert sum(len(b['failures']) for b in whole) == 1 and all(len(b['image']) == 4 for b in whole)
+
+
+def test_device_transforms_say_what_they_cannot_do(folder):
+    simple = {**SMALL, 'augment': Augment(color_jitter=None)}
+    with pytest.raises(ZooError, match='cache: memory'):
+        ImageFolder(str(folder), **simple, transform_on='device')
+    with pytest.raises(ZooError, match='auto_augment, augment.re_prob, augment.color_jitter'):
+        device_folder(folder, augment=Augment(auto_augment='rand-m9', re_prob=0.1))
+    with pytest.raises(ZooError, match='20 x 24 pixels are too large for view.size 8'):
+        device_folder(folder, **{**simple, 'view': View(size=8)})
+    Image.new('RGB', (9, 9)).save(folder / 'train' / 'ant' / '0.png')
+    with pytest.raises(ZooError, match='train split differ'):
+        device_folder(folder, **simple)
+    with pytest.raises(ZooError, match='streams'):
+        TarShards('a.tar', 'b.tar', num_classes=2, train_samples=8, cache='memory')

@@ -15,7 +15,12 @@ from zoo.tools import export as tool
 from zoo.tools.export import Shape, cli_export, export, relative_error
 
 # One block a stage: more of the same would only take longer to trace.
-KINDS = {'test_vig': {'depth': 1}, 'test_vig_hier': {'depths': (1, 1, 1, 1)}}
+KINDS = {
+    'test_vig': {'depth': 1},
+    'test_vig_hier': {'depths': (1, 1, 1, 1)},
+    'test_ravlt': {'depths': (1, 1, 1, 1)},
+    'test_mobilemamba': {'fuse': True},
+}
 STATIC = Shape(1, 3, 64, 96)
 DYNAMIC = Shape(2, 3, 64, 96, dynamic_batch=True, dynamic_size=True)
 

@@ -15,12 +15,16 @@ from timm.models import FeatureInfo, get_notrace_functions, get_notrace_modules
 from timm.optim import create_optimizer_v2
 from timm.optim._param_groups import param_groups_layer_decay
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+from zoo.backbones._features import PyramidMixin
 
 import zoo
 
 ALL = zoo.list_models()
+# Less is asked of networks that differ from another only in their widths or their size of image.
+ALIKE = ['mobilemamba_t4', 'mobilemamba_s6', 'mobilemamba_b2', 'mobilemamba_b4', 'ravlt_small', 'ravlt_large']
+DISTINCT = [n for n in ALL if n not in ALIKE]
 SMALL = [n for n in ALL if n.startswith('test_')]
-RUN = SMALL + ['vig_tiny_patch16_224', 'vig_hier_tiny_224']
+RUN = SMALL + ['mobilemamba_t2', 'vig_tiny_patch16_224', 'vig_hier_tiny_224']
 TOKEN_MODELS = ['vig_tiny*', 'vig_small*', 'vig_base*', 'test_vig']
 
 
@@ -91,9 +95,14 @@ def test_backward_reaches_every_parameter(name):
 
 @pytest.mark.parametrize('name', SMALL)
 def test_training_and_evaluation_compute_the_same(name):
+    """Up to batch norms, which use the batch's statistics in training."""
     model = timm.create_model(name)
     x = images(batch=2)
-    torch.testing.assert_close(model.train()(x), model.eval()(x))
+    model.train()
+    for module in model.modules():
+        if isinstance(module, (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d)):
+            module.eval()
+    torch.testing.assert_close(model(x), model.eval()(x))
 
 
 @pytest.mark.parametrize('name', ALL)
@@ -116,7 +125,7 @@ def test_default_cfg(name):
     assert model.get_classifier() is model.get_submodule(cfg['classifier'])
 
 
-@pytest.mark.parametrize('name', ALL)
+@pytest.mark.parametrize('name', DISTINCT)
 def test_reset_classifier(name):
     model = meta(name)
     x = torch.zeros(1, 3, 64, 64, device='meta')
@@ -154,7 +163,7 @@ def test_features_only(name):
     assert [m.shape[1] for m in maps] == channels
     assert [tuple(m.shape[2:]) for m in maps] == [tuple(math.ceil(s / r) for s in size) for r in strides]
     if not is_token_model(name):
-        assert strides == [4, 8, 16, 32]
+        assert strides == ([16, 32, 64] if 'mobilemamba' in name else [4, 8, 16, 32])
 
 
 @pytest.mark.parametrize('name', SMALL)
@@ -172,7 +181,7 @@ def test_features_only_values(name):
                 torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize('name', ALL)
+@pytest.mark.parametrize('name', DISTINCT)
 def test_forward_intermediates_shapes(name):
     model = meta(name)
     info = FeatureInfo(model.feature_info, len(model.feature_info))
@@ -206,9 +215,13 @@ def test_forward_intermediates_values(name):
         for a, b in zip(model.forward_intermediates(x, output_fmt=flat, intermediates_only=True), maps, strict=True):
             b = b.flatten(2).transpose(1, 2) if flat == 'NLC' else b.permute(0, 2, 3, 1)
             torch.testing.assert_close(a, b)
-        normed = model.forward_intermediates(x, norm=True, intermediates_only=True)[-1]
-        normed = normed.flatten(2).transpose(1, 2) if final.ndim == 3 else normed
-        torch.testing.assert_close(normed, final)
+        if getattr(type(model), 'intermediate_norm', None) is PyramidMixin.intermediate_norm:
+            with pytest.raises(ValueError, match='norm must be False'):
+                model.forward_intermediates(x, norm=True)
+        else:
+            normed = model.forward_intermediates(x, norm=True, intermediates_only=True)[-1]
+            normed = normed.flatten(2).transpose(1, 2) if final.ndim == 3 else normed
+            torch.testing.assert_close(normed, final)
     model.train()
     plain = model.forward_intermediates(x)[0]
     model.set_grad_checkpointing()
@@ -264,7 +277,7 @@ def test_layer_decay_groups(name):
     stem = scale[id(named[model.default_cfg['first_conv'] + '.weight'])]
     assert stem == min(scale.values()) < 0.5
     assert len(set(scale.values())) >= 4
-    blocks = [scale[id(p)] for n, p in named.items() if n.startswith(('blocks.', 'layers.')) and 'downsample' not in n]
+    blocks = [scale[id(p)] for n, p in named.items() if n.startswith(('blocks', 'layers.')) and 'downsample' not in n]
     assert blocks == sorted(blocks)
 
 
@@ -313,7 +326,7 @@ def test_fx_backward(name):
     assert not [n for n, p in model.named_parameters() if p.grad is None]
 
 
-@pytest.mark.parametrize('name', ALL)
+@pytest.mark.parametrize('name', DISTINCT)
 def test_other_channels_and_classes(name):
     model = meta(name, in_chans=1, num_classes=3)
     assert model(torch.zeros(1, 1, 64, 64, device='meta')).shape == (1, 3)
@@ -352,6 +365,9 @@ def test_autocast_trains(name, dtype):
         out = model(x)
     out.float().square().sum().backward()
     assert out.isfinite().all() and all(p.grad.isfinite().all() for p in model.parameters())
+    model.eval()  # batch statistics of two samples would blow up any difference
+    with torch.autocast('cpu', dtype):
+        out = model(x)
     torch.testing.assert_close(out.float(), model(x), rtol=0.1, atol=0.05)
 
 

@@ -26,11 +26,23 @@ CAPABILITIES = {
 
 # One line per file in backbones/. `pretrained` is a property of single models and comes from their weight entries.
 _FAMILIES = {
+    'mobilemamba': frozenset({'features_only', 'export', 'dense'}),
+    'ravlt': frozenset({'features_only', 'export', 'dense'}),
     'vig': frozenset({'features_only', 'export', 'dense'}),
 }
 
 # ImageNet-1k top-1 (%) that the authors state for their weights, in their own evaluation at the model's input size.
 PUBLISHED_TOP1 = {
+    'mobilemamba_t2': 73.6,
+    'mobilemamba_t4': 76.1,
+    'mobilemamba_s6': 78.0,
+    'mobilemamba_b1': 79.9,
+    'mobilemamba_b2': 81.6,
+    'mobilemamba_b4': 82.5,
+    'ravlt_tiny': 82.8,
+    'ravlt_small': 84.4,
+    'ravlt_base': 85.5,
+    'ravlt_large': 85.8,
     'vig_tiny_patch16_224': 77.2,
     'vig_small_patch16_224': 81.7,
     'vig_base_patch16_224': 82.6,

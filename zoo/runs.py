@@ -29,7 +29,7 @@ from zoo.data.images import ImageList
 from zoo.data.transforms import View
 from zoo.errors import ZooError
 from zoo.report import PredictionWriter, TestReport, plot_curves
-from zoo.tasks.progress import EpochLine, LearningRate, MetricsCSV
+from zoo.tasks.progress import EpochLine, LearningRate, MetricsCSV, Throughput
 
 CHECKPOINTS, CONFIG = 'checkpoints', 'config.yaml'
 _NOISE = (
@@ -340,7 +340,7 @@ class ZooCLI(LightningCLI):
         kwargs['plugins'] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
         callbacks = list(config.get('callbacks') or [])
         if self.subcommand == 'fit':
-            callbacks += [EpochLine(), LearningRate()]
+            callbacks += [EpochLine(), LearningRate(), Throughput()]
             if not config.get('fast_dev_run') and config.get('enable_checkpointing') is not False:
                 callbacks += [
                     ModelCheckpoint(

@@ -81,6 +81,7 @@ def interpreting() -> bool:
     return bool(knobs.runtime.interpret)
 
 
+@functools.cache
 def compute_types(dtype: torch.dtype) -> tuple[tl.dtype, str]:
     """Operand type and precision of the matrix products for inputs of `dtype`.
 
@@ -153,7 +154,16 @@ def token_rows(x: torch.Tensor, dims: int = 1) -> tuple[torch.Tensor, int]:
 _launched: dict[tuple, tuple] = {}
 
 
-def launch(kernel, grid: tuple, tensors: tuple, sizes: tuple, consts: dict, warps: int = 4, stages: int = 2) -> None:
+def launch(
+    kernel,
+    grid: tuple,
+    tensors: tuple,
+    sizes: tuple,
+    consts: dict,
+    warps: int = 4,
+    stages: int = 2,
+    registers: int | None = None,
+) -> None:
     """Launch a kernel, from the second time on past Triton's own look-up, which is most of a launch's time.
 
     Args:
@@ -164,13 +174,14 @@ def launch(kernel, grid: tuple, tensors: tuple, sizes: tuple, consts: dict, warp
         consts: its compile-time constants, in the kernel's order.
         warps: per program.
         stages: of pipelined loops.
+        registers: most per thread, if the compiler is to be held back.
     """
     if 0 in grid:
         return
     device = tensors[0].device
     if device.type == 'cuda' and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return launch(kernel, grid, tensors, sizes, consts, warps, stages)
+            return launch(kernel, grid, tensors, sizes, consts, warps, stages, registers)
     ends = 0
     types = []
     for x in tensors:
@@ -180,14 +191,15 @@ def launch(kernel, grid: tuple, tensors: tuple, sizes: tuple, consts: dict, warp
             ends |= x.data_ptr()
             types.append(x.dtype)
     values = tuple(consts.values())
-    key = (kernel, device, ends % 16, warps, stages, values, *types)
+    key = (kernel.fn, device, ends % 16, warps, stages, registers, values, *types)
     found = _launched.get(key)
     if found is not None:
         found[grid](*tensors, *sizes, *values)
     elif interpreting():
         kernel[grid](*tensors, *sizes, **consts)
     else:
-        compiled = kernel[grid](*tensors, *sizes, **consts, num_warps=warps, num_stages=stages)
+        limit = {} if registers is None else {'maxnreg': registers}
+        compiled = kernel[grid](*tensors, *sizes, **consts, num_warps=warps, num_stages=stages, **limit)
         if ends % 16 == 0:  # otherwise which of them are aligned would have to be part of the key
             _launched[key] = compiled
 

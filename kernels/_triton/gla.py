@@ -21,7 +21,7 @@ FORWARD, REVERSE, BOTH = 1, 2, 3
 SEGMENT = 512  # tokens
 MAX_SEGMENTS = 32
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-SAFE_PARTS, SAFE_WARPS = 2, 4  # the sweep's safe form: pieces of a chunk, warps
+SAFE_PARTS, SAFE_WARPS = 4, 1  # the sweep's safe form: pieces of a chunk, warps
 SAFE_GROUP = 8  # chunks that one program of the safe backward form looks at
 LIMIT = -100.0  # log 2 of the smallest gate product inside a chunk that the fast form takes
 
@@ -144,7 +144,7 @@ class Plan:
         self.forms = (False,) if self.gate == 0 else (True,) if q.dtype == torch.float32 else (False, True)
         consts['LIMIT'] = float('inf') if self.forms == (True,) else LIMIT
         self.consts = consts
-        self.scan_consts = consts | {'BV': 16, 'VP': vp}
+        self.scan_consts = consts | {'BV': 16, 'VP': vp, 'TURNED': False}
         # What decides the compiled code: a kernel's constants, the types and the alignment of what it is given.
         code = (*consts.values(), q.dtype, None if g is None else g.dtype, self.state_dtype, q.device)
         self.codes = {aligned: _codes.setdefault((*code, aligned), len(_codes)) for aligned in (True, False)}
@@ -179,7 +179,7 @@ def _plan(q, k, v, gf, gb, do, init, dinit, cu_seqlens, dirs, final) -> Plan:
 
 def _launch(kernel, code: tuple, grid: tuple, args: list, consts: dict, options: dict, run: bool = True) -> None:
     """Run a kernel, or only compile it; from the second time on past Triton's own look-up, most of a launch's time."""
-    found = None if interpreting() else _compiled.get(code)
+    found = _compiled.get(code)  # never there in the interpreter
     if found is None:
         used = {n: consts[n] for n in kernel.arg_names[len(args) :]}
         if interpreting():
@@ -260,7 +260,7 @@ class _Run:
             code = (name, safe, self.code)
             group = SAFE_GROUP if safe else plan.cfg.group
             consts = {}
-            if interpreting() or code not in _compiled:
+            if code not in _compiled:
                 consts = plan.consts | {'SAFE': safe, 'GROUP': group, 'STAGES': 1 if safe else plan.cfg.ahead}
                 consts |= plan.parts(safe)
             size = grid if grid else (ceil_div(plan.n_chunks, group) * plan.H, 1, 1)

@@ -209,9 +209,12 @@ def gla_kernel_scan(
     seg_state, seg_total, init, dinit, final, spans, nseg, n_segs,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, VP: tl.constexpr,
     DIRS: tl.constexpr, ADJOINT: tl.constexpr, GATE: tl.constexpr, VARLEN: tl.constexpr,
-    INIT: tl.constexpr, DINIT: tl.constexpr, FINAL: tl.constexpr,
+    INIT: tl.constexpr, DINIT: tl.constexpr, FINAL: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
-    """Replace each segment's total by the state that arrives at it. Program: (sequence, head, kind) x value block."""
+    """Replace each segment's total by the state that arrives at it. Program: (sequence, head, kind) x value block.
+
+    States in `init`, `dinit` and `final` are (K, V), or with `TURNED` (V, K) as in the scratch.
+    """
     ND: tl.constexpr = 2 if DIRS == 3 else 1
     NK: tl.constexpr = ND * (2 if ADJOINT else 1)
     pid = tl.program_id(0)
@@ -230,7 +233,11 @@ def gla_kernel_scan(
     kk = tl.arange(0, BK)
     vv = tl.program_id(1) * BV + tl.arange(0, BV)
     ok = (vv < V)[:, None] & (kk < K)[None, :]
-    at = (n * H + h) * K * V + kk[None, :] * V + vv[:, None]
+    at = (n * H + h) * K * V
+    if TURNED:
+        at = at + vv[:, None] * K + kk[None, :]
+    else:
+        at = at + kk[None, :] * V + vv[:, None]
     state = tl.zeros((BV, BK), dtype=tl.float32)
     if INIT:
         if not adjoint:

@@ -1,30 +1,18 @@
-"""Checks and times the gated linear attention kernels on the GPU.
+"""Checks the gated linear attention kernels on the GPU.
 
-    python tests/gpu/check_gla.py [--out FILE] [check] [time]
+    python tests/gpu/check_gla.py [--out FILE] [--shard I/N] [--dtypes A,B]
 
-`check` compares every shape class, dtype and gate strength with a loop in fp64, over several seeds, with poisoned
-outputs, twice for determinism (`--shard I/N` takes every N-th case: most of its time is compilation). `time`
-writes the rows of docs/results/gla-kernels-*.json.
+Compares every shape class, dtype and gate strength with a loop in fp64, over several seeds, with poisoned outputs,
+twice for determinism (`--shard I/N` takes every N-th case: most of the time is compilation). Times come from
+`zoo bench kernels`.
 """
-
-import argparse
-import json
-import sys
-import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import triton
-from triton.testing import do_bench
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from harness import DEVICE, LIMITS, main, verdict
 from zoo.kernels._triton import gla
 
-DEVICE = 'cuda'
-FLOORS = {'vig_s 224': (128, 196, 6, 32, 64), 'vig_s 1024': (16, 4096, 6, 32, 64), 'vig_b 224': (128, 196, 12, 32, 64)}
 NAMES = {1: ('o', 'final', 'dq', 'dk', 'dv', 'dg', 'dinit'), 3: ('o', 'dq', 'dk', 'dv', 'dg_fwd', 'dg_bwd')}
-LIMITS = {torch.float32: (1e-5, 1e-5), torch.float16: (1.5e-3, 2e-3), torch.bfloat16: (5e-3, 1e-2)}
 
 
 class Scan(torch.autograd.Function):
@@ -59,11 +47,6 @@ class Scan(torch.autograd.Function):
         # The state that arrives at t, decayed, is the state at t without its own k v^T.
         dg = (adj * states).sum(-1).permute(1, 0, 2, 3) - k * dk
         return dq, dk, dv, dg, None, carry, None
-
-
-def rms(a, b):
-    a, b = a.double(), b.double()
-    return ((a - b).norm() / b.norm().clamp_min(1e-2)).item() if torch.isfinite(a).all() else float('inf')
 
 
 def make(B, T, H, K, V, kind, strength, dtype, gate_dtype, seed, n_init=None):
@@ -140,18 +123,6 @@ def run(q, k, v, gates, scale, do, init, dfinal, dirs, cu):
     return dict(zip(NAMES[1], (o, final, *grads)))
 
 
-def poisoned():
-    """Make every fresh allocation NaN, so that an element that no kernel writes shows."""
-    plain = torch.empty
-
-    def empty(*a, **kw):
-        x = plain(*a, **kw)
-        return x.fill_(float('nan')) if x.is_floating_point() else x.fill_(-7)
-
-    torch.empty = empty
-    return lambda: setattr(torch, 'empty', plain)
-
-
 CASES = [  # B, T, H, K, V, gates, strength, directions, cu_seqlens, state
     (16, 196, 6, 32, 64, 'channel', 'mild', 3, None, False),
     (8, 196, 6, 32, 64, 'channel', 'mixed', 3, None, False),
@@ -180,10 +151,11 @@ CASES = [  # B, T, H, K, V, gates, strength, directions, cu_seqlens, state
 ]
 
 
-def check(say, cases, dtypes, seeds=(0, 1)):
+def check(say, shard=(0, 1), dtypes=tuple(LIMITS), cases=None, seeds=(0, 1)):
     bad = 0
+    cases = CASES[shard[0] :: shard[1]] if cases is None else cases
     for dtype in dtypes:
-        worst = {}
+        worst, (plain, gate) = {}, LIMITS[dtype]
         for case in cases:
             B, T, H, K, V, kind, strength, dirs, cu, state = case
             n_init = (B if cu is None else len(cu) - 1) if state else None
@@ -193,154 +165,14 @@ def check(say, cases, dtypes, seeds=(0, 1)):
                 q, k, v, gates, do, init, dfinal = args
                 expect = reference(q, k, v, gates, K**-0.5, do, init, dfinal, dirs, cu)
                 ids = None if cu is None else torch.tensor(cu, device=DEVICE)
-                undo = poisoned()
-                try:
-                    got = run(q, k, v, gates, K**-0.5, do, init, dfinal, dirs, ids)
-                    again = run(q, k, v, gates, K**-0.5, do, init, dfinal, dirs, ids)
-                finally:
-                    undo()
-                errors = {n: rms(got[n], x) for n, x in expect.items()}
-                same = all(torch.equal(got[n], again[n]) for n in expect)
-                plain, gate = LIMITS[dtype]
-                ok = same and all(e < (gate if n.startswith('dg') else plain) for n, e in errors.items())
-                for n, e in errors.items():
-                    worst[n] = max(worst.get(n, 0), e)
-                if not ok:
-                    bad += 1
-                    print('BAD', dtype, case, 'seed', seed, 'same' if same else 'NOT DETERMINISTIC',
-                          {n: f'{e:.1e}' for n, e in errors.items()}, flush=True)  # fmt: skip
+                limits = {n: gate if n.startswith('dg') else plain for n in expect}
+                call = lambda: run(q, k, v, gates, K**-0.5, do, init, dfinal, dirs, ids)  # noqa: E731, B023
+                good, errors = verdict(call, expect, limits, (dtype, case, 'seed', seed))
+                bad += not good
+                worst |= {n: max(worst.get(n, 0), e) for n, e in errors.items()}
         say(what='check', dtype=str(dtype)[6:], cases=len(cases), seeds=len(seeds), worst=worst)
     return bad
 
 
-def events(fn, rep=150):
-    return do_bench(fn, warmup=30, rep=rep, return_mode='median')
-
-
-def graphed(fns, replays=30):
-    """ms per call inside a graph that rotates over several sets of inputs (so none stays in the L2 cache)."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for f in fns:
-            f()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for f in fns:
-            f()
-    for _ in range(3):
-        graph.replay()
-    times = []
-    for _ in range(replays):
-        a, b = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        a.record()
-        graph.replay()
-        b.record()
-        b.synchronize()
-        times.append(a.elapsed_time(b) / len(fns))
-    return sorted(times)[len(times) // 2]
-
-
-def floor_inputs(shape, dtype=torch.bfloat16, strength='mild', sets=4):
-    made = [make(*shape, 'channel', strength, dtype, dtype, s) for s in range(sets)]
-    return [tuple(x.contiguous() if torch.is_tensor(x) else x for x in m) for m in made]
-
-
-def forward_of(sets, scale):
-    return [lambda s=s: gla.bidirectional_gla_fwd(*s[:3], *s[3], scale, None) for s in sets]
-
-
-def both_of(sets, scale):
-    return [lambda s=s: (gla.bidirectional_gla_fwd(*s[:3], *s[3], scale, None),
-                         gla.bidirectional_gla_bwd(*s[:3], *s[3], scale, s[4], None)) for s in sets]  # fmt: skip
-
-
-def timings(say):
-    x = torch.empty(1 << 30, dtype=torch.uint8, device=DEVICE)
-    y = torch.empty_like(x)
-    copy = 2 * x.numel() / events(lambda: y.copy_(x)) / 1e9
-    say(what='copy', TBps=copy)
-    # The first call of the process compiles; the same op at other lengths must not.
-    for label, make_fn in (('fwd', forward_of), ('fwd+bwd', both_of)):
-        row = {}
-        for T in (196, 192, 4096):
-            fn = make_fn(floor_inputs((2, T, 6, 32, 64), sets=1), 0.1)[0]
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            fn()
-            torch.cuda.synchronize()
-            row[f'T{T}_s'] = time.perf_counter() - start
-        say(what='first call', op=label, **row)
-    for name, shape in FLOORS.items():
-        B, T, H, K, V = shape
-        scale = K**-0.5 / 2
-        sets = floor_inputs(shape)
-        fwd, both = forward_of(sets, scale), both_of(sets, scale)
-        row = dict(what='bidirectional_gla', shape=name, B=B, T=T, H=H, K=K, V=V, dtype='bfloat16')
-        row |= dict(fwd_ms=events(fwd[0]), fwd_graph_ms=graphed(fwd))
-        row |= dict(fwdbwd_ms=events(both[0]), fwdbwd_graph_ms=graphed(both))
-        row['floor_fwd_ms'] = B * T * H * (4 * K + 2 * V) * 2 / copy / 1e9
-        row['floor_bwd_ms'] = B * T * H * (8 * K + 3 * V) * 2 / copy / 1e9
-        small = [tuple(x[:2] if torch.is_tensor(x) else x for x in sets[0])][0]
-        q, k, v, gates, do, init, dfinal = small
-        gates = [g[:2] for g in gates]
-        expect = reference(q, k, v, gates, scale, do, init, dfinal, 3, None)
-        got = run(q, k, v, gates, scale, do, init, dfinal, 3, None)
-        row['relative_rms'] = {n: rms(got[n], x) for n, x in expect.items()}
-        strong = floor_inputs(shape, strength='mixed')
-        row['any_gate_fwd_graph_ms'] = graphed(forward_of(strong, scale))
-        row['any_gate_fwdbwd_graph_ms'] = graphed(both_of(strong, scale))
-        heads = [[torch.randn(B, H, T, 64, device=DEVICE, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
-                 for _ in range(4)]  # fmt: skip
-        douts = [torch.randn_like(h[0]) for h in heads]
-        with torch.no_grad():
-            att = [lambda h=h: F.scaled_dot_product_attention(*h) for h in heads]
-            row |= dict(sdpa_fwd_ms=events(att[0]), sdpa_fwd_graph_ms=graphed(att))
-        train = [lambda h=h, d=d: torch.autograd.grad(F.scaled_dot_product_attention(*h), h, d)
-                 for h, d in zip(heads, douts)]  # fmt: skip
-        row |= dict(sdpa_fwdbwd_ms=events(train[0]), sdpa_fwdbwd_graph_ms=graphed(train, 10))
-        say(**row)
-    sets = floor_inputs((2, 64, 2, 32, 64))
-    for label, f in (('fwd', forward_of(sets, 0.1)[0]), ('fwd+bwd', both_of(sets, 0.1)[0])):
-        f()
-        torch.cuda.synchronize()
-        t = time.perf_counter()
-        for _ in range(200):
-            f()
-        say(what='launch overhead', op=label, us=(time.perf_counter() - t) / 200 * 1e6)
-        torch.cuda.synchronize()
-
-
-def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument('parts', nargs='*', default=['time', 'check'])
-    parser.add_argument('--out')
-    parser.add_argument('--shard', default='0/1')
-    parser.add_argument('--dtypes', default='float32,float16,bfloat16')
-    args = parser.parse_args()
-    rows = []
-
-    def say(**row):
-        rows.append(row)
-        print(json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
-
-    say(what='device', name=torch.cuda.get_device_name(), torch=torch.__version__, triton=triton.__version__,
-        cuda=torch.version.cuda)  # fmt: skip
-    bad = 0
-    for part in args.parts or ['time', 'check']:
-        start = time.time()
-        if part == 'check':
-            i, n = map(int, args.shard.split('/'))
-            bad += check(say, cases=CASES[i::n], dtypes=[getattr(torch, d) for d in args.dtypes.split(',')])
-        else:
-            timings(say)
-        print(part, 'took', round(time.time() - start, 1), 's', flush=True)
-    if args.out:
-        Path(args.out).write_text(json.dumps(rows, indent=1) + '\n')
-    print('BAD CASES', bad)
-    sys.exit(bool(bad))
-
-
 if __name__ == '__main__':
-    main()
+    main(check)

@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from check_gla import FLOORS, floor_inputs, graphed, reference, rms, run
+from check_gla import make, reference, run
+from harness import rms
 from zoo.kernels._triton import gla
+
+from zoo.tools._bench_gla import SHAPES
+from zoo.tools._timing import graph_ms
 
 # backward, chunk, (warps, stages[, register cap]) of the states, the same of the chunks; group, ahead, sums
 VARIANTS = [
@@ -37,12 +39,17 @@ def use(variant):
     gla._compiled.clear()
 
 
+def inputs(shape, sets):
+    made = [make(*shape, 'channel', 'mild', torch.bfloat16, torch.bfloat16, seed) for seed in range(sets)]
+    return [tuple(x.contiguous() if torch.is_tensor(x) else x for x in m) for m in made]
+
+
 def one(variant):
     use(variant)
-    shape = FLOORS['vig_s 224']
+    shape = SHAPES['vig_small_224']
     scale = shape[3] ** -0.5 / 2
     errors = {}
-    for s in floor_inputs(shape, sets=2):
+    for s in inputs(shape, 2):
         q, k, v, gates, do, _, _ = s
         expect = reference(q[:4], k[:4], v[:4], [g[:4] for g in gates], scale, do[:4], None, None, 3, None)
         got = run(q, k, v, gates, scale, do, None, None, 3, None)
@@ -77,9 +84,9 @@ def profile(fns):
 
 
 def timing(indices):
-    for name in ('vig_s 224', 'vig_s 1024'):
-        scale = FLOORS[name][3] ** -0.5 / 2
-        sets = floor_inputs(FLOORS[name])
+    for name in ('vig_small_224', 'vig_small_1024'):
+        scale = SHAPES[name][3] ** -0.5 / 2
+        sets = inputs(SHAPES[name], 4)
         for n in indices:
             use(VARIANTS[n])
             if VARIANTS[n][0]:
@@ -87,7 +94,7 @@ def timing(indices):
             else:
                 fns = [lambda s=s, c=scale: gla.bidirectional_gla_fwd(*s[:3], *s[3], c, None) for s in sets]
             try:
-                print(name, VARIANTS[n], 'graph ms', round(graphed(fns, 15), 4), json.dumps(profile(fns)), flush=True)
+                print(name, VARIANTS[n], 'graph ms', round(graph_ms(fns, 15), 4), json.dumps(profile(fns)), flush=True)
             except Exception as e:
                 print(name, VARIANTS[n], repr(e)[:200], flush=True)
 

@@ -16,4 +16,4 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 def test_case(case, dtype):
     from check_gla import CASES, check
 
-    assert check(lambda **row: None, [CASES[case]], [getattr(torch, dtype)]) == 0
+    assert check(lambda **row: None, cases=[CASES[case]], dtypes=[getattr(torch, dtype)]) == 0

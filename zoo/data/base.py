@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
+from zoo.data.cache import CachedBatches, CachedSource, DeviceTransform
 from zoo.data.sampling import EpochSampler, KeyedDataset, Source, collate, shield_worker
 from zoo.data.seeding import run_seed
 from zoo.data.transforms import Augment, View, eval_transform, train_transform
@@ -27,6 +28,10 @@ class ImageData(LightningDataModule):
         view: Size, channels and normalisation of what the network sees.
         augment: Training augmentation.
         strict: Whether an unreadable image is an error; otherwise it is skipped and counted.
+        cache: memory decodes every image once, with all workers, and keeps the pixels for them to share.
+        transform_on: Where images are cropped, flipped and normalised: one by one in the loader's workers, or as whole
+            batches on the accelerator (crop and flip only; needs cache: memory and images of one size, no more than
+            twice as large as view.size), which leaves the workers nothing to do once the images are decoded.
     """
 
     def __init__(
@@ -36,12 +41,17 @@ class ImageData(LightningDataModule):
         view: View = View(),  # noqa: B008  jsonargparse takes the defaults of the fields from here
         augment: Augment = Augment(),  # noqa: B008
         strict: bool = False,
+        cache: Literal['memory'] | None = None,
+        transform_on: Literal['worker', 'device'] = 'worker',
     ) -> None:
         super().__init__()
         if batch_size < 1 or num_workers < 0:
             raise ZooError(f'batch_size {batch_size} must be positive and num_workers {num_workers} not negative')
         self.batch_size, self.num_workers, self.strict = batch_size, num_workers, strict
-        self.view, self.augment = view, augment
+        self.view, self.augment, self.cache = view, augment, cache
+        self.device_transform = DeviceTransform(view, augment) if transform_on == 'device' else None
+        if self.device_transform and not cache:
+            raise ZooError('transform_on: device needs cache: memory')
         self.class_names: list[str] = []
         self.splits: dict[str, Source] = {}
         self.skipped = 0
@@ -58,6 +68,11 @@ class ImageData(LightningDataModule):
         if self._opened:
             return
         self.open_splits()
+        if self.cache:
+            for split in self.splits:
+                self.splits[split] = CachedSource(self.splits[split], self.view.mode, self.num_workers)
+                if self.device_transform:
+                    self.device_transform.check(self.splits[split], split)
         self._opened = True
 
     def train_dataloader(self) -> DataLoader:
@@ -70,8 +85,11 @@ class ImageData(LightningDataModule):
         if self._resume_at:
             epoch, batches = self._resume_at
             sampler.resume(epoch, batches * self.batch_size)
-        transform = train_transform(self.view, self.augment)
-        dataset = KeyedDataset(self.splits['train'], transform, self.view.mode, run_seed(), substitute=True)
+        if self.device_transform:
+            dataset = CachedBatches(self.splits['train'], run_seed(), substitute=True)
+        else:
+            transform = train_transform(self.view, self.augment)
+            dataset = KeyedDataset(self.splits['train'], transform, self.view.mode, run_seed(), substitute=True)
         return self._loader(dataset, sampler, drop_last=True)
 
     def val_dataloader(self) -> DataLoader:
@@ -79,6 +97,12 @@ class ImageData(LightningDataModule):
 
     def test_dataloader(self) -> DataLoader:
         return self._eval_loader('test' if 'test' in self.splits else 'val')
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        if not self.device_transform:
+            return batch
+        uniform = batch.pop('uniform', None)
+        return {**batch, 'image': self.device_transform(batch['image'], uniform)}
 
     def state_dict(self) -> dict[str, Any]:
         """Epoch and number of batches that the next run has to start behind."""
@@ -127,22 +151,26 @@ class ImageData(LightningDataModule):
     def _sampler(self, split: str, shuffle: bool) -> EpochSampler:
         trainer = self.trainer
         rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
-        return EpochSampler(len(self.splits[split]), run_seed(), shuffle, rank, world)
+        return EpochSampler(len(self.splits[split]), run_seed(), shuffle, rank, world, self.augment.repeats)
 
     def _eval_loader(self, split: str) -> DataLoader:
         if split not in self.splits:
             raise ZooError(f'{type(self).__name__} has no {split} split; it has: {", ".join(self.splits)}')
-        dataset = KeyedDataset(self.splits[split], eval_transform(self.view), self.view.mode)
+        if self.device_transform:
+            dataset = CachedBatches(self.splits[split])
+        else:
+            dataset = KeyedDataset(self.splits[split], eval_transform(self.view), self.view.mode)
         return self._loader(dataset, self._sampler(split, shuffle=False), drop_last=False)
 
-    def _loader(self, dataset: KeyedDataset, sampler: EpochSampler, drop_last: bool) -> DataLoader:
+    def _loader(self, dataset: KeyedDataset | CachedBatches, sampler: EpochSampler, drop_last: bool) -> DataLoader:
         return DataLoader(
             dataset,
             batch_size=self.batch_size,
             sampler=sampler,
             drop_last=drop_last,
             collate_fn=collate,
-            **loader_options(self.num_workers),
+            # a batch of cached pixels costs less than its way from another process
+            **loader_options(0 if self.device_transform else self.num_workers),
         )
 
 

@@ -17,7 +17,7 @@ from zoo.data.seeding import derive_seed, keyed_randomness
 
 # what Pillow raises for files that are missing, cut off, not images, or absurdly large
 UNREADABLE = (OSError, SyntaxError, ValueError, IndexError, struct.error, Image.DecompressionBombError)
-_SUBSTITUTES = 8
+SUBSTITUTES = 8
 
 
 class Source(Protocol):
@@ -35,7 +35,7 @@ class Source(Protocol):
 
 
 class KeyedDataset(Dataset):
-    """Loads and transforms the samples of a source; random transforms are keyed by (seed, epoch, index).
+    """Loads and transforms the samples of a source; random transforms are keyed by (seed, epoch, index, copy if any).
 
     An unreadable sample does not raise: its name and error travel in `failures`, and in training another sample,
     chosen by the index alone, takes its place so that batches keep their size.
@@ -62,11 +62,11 @@ class KeyedDataset(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        epoch, index = key
+    def __getitem__(self, key: tuple[int, ...]) -> dict[str, Any]:
+        index = key[1]
         failures: list[tuple[str, str]] = []
-        for attempt in range(1 + (_SUBSTITUTES if self.substitute else 0)):
-            chosen = index if attempt == 0 else derive_seed(index, attempt) % len(self.source)
+        for attempt in range(1 + (SUBSTITUTES if self.substitute else 0)):
+            chosen = index if attempt == 0 else substitute_for(index, attempt, len(self.source))
             name = self.source.name(chosen)
             try:
                 image, target = self.source.load(chosen)
@@ -74,13 +74,20 @@ class KeyedDataset(Dataset):
             except UNREADABLE as error:
                 failures.append((name, f'{type(error).__name__}: {error}'))
                 continue
-            with keyed_randomness(self.seed, epoch, index):
+            with keyed_randomness(self.seed, *key):
                 return {'image': self.transform(image), 'target': target, 'name': name, 'failures': failures}
         return {'image': None, 'target': -1, 'name': '', 'failures': failures}
 
 
-def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stacks the readable samples; a batch without any has zero rows."""
+def substitute_for(index: int, attempt: int, length: int) -> int:
+    """The sample that takes the place of an unreadable one, the same in every epoch."""
+    return derive_seed(index, attempt) % length
+
+
+def collate(samples: list[dict[str, Any]] | dict[str, Any]) -> dict[str, Any]:
+    """Stacks the readable samples; a batch without any has zero rows. What is a batch already stays as it is."""
+    if isinstance(samples, dict):
+        return samples
     good = [s for s in samples if s['image'] is not None]
     return {
         'image': torch.stack([s['image'] for s in good]) if good else torch.zeros(0, 3, 1, 1),
@@ -99,11 +106,16 @@ class EpochSampler(Sampler):
         shuffle: Whether to permute; without it every index is visited once, also when ranks get unequal shares.
         rank: This process.
         world_size: Number of processes.
+        repeats: Copies of an image per epoch in training (repeated augmentation, as timm's RepeatAugSampler); (epoch,
+            index, copy) is yielded then. An epoch keeps its length and so visits that fraction of the images; the
+            copies of one go to neighbouring ranks.
     """
 
-    def __init__(self, length: int, seed: int, shuffle: bool, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self, length: int, seed: int, shuffle: bool, rank: int = 0, world_size: int = 1, repeats: int = 1
+    ) -> None:
         self.total, self.seed, self.shuffle = length, seed, shuffle
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.repeats = rank, world_size, repeats if shuffle else 1
         self.epoch, self.skip = 0, 0
 
     def __len__(self) -> int:
@@ -119,15 +131,17 @@ class EpochSampler(Sampler):
         """Starts in `epoch` behind the first `skip` samples of this rank."""
         self.epoch, self.skip = epoch, skip
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def __iter__(self) -> Iterator[tuple[int, ...]]:
         # a list, not a generator: a generator would read `epoch` and `skip` when the first batch is asked for
         if self.shuffle:
             generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch))
             order = torch.randperm(self.total, generator=generator).tolist()
         else:
             order = list(range(self.total))
-        mine = order[self.rank :: self.world_size][: len(self)]
-        return iter([(self.epoch, index) for index in mine[self.skip :]])
+        mine = range(self.rank, self.total, self.world_size)[: len(self)][self.skip :]
+        if self.repeats == 1:
+            return iter([(self.epoch, order[place]) for place in mine])
+        return iter([(self.epoch, order[place // self.repeats], place % self.repeats) for place in mine])
 
 
 def shield_worker(worker_id: int) -> None:

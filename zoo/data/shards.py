@@ -261,6 +261,10 @@ class TarShards(ImageData):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        if self.cache:
+            raise ZooError('tar shards are read as streams and cannot be kept in memory: leave out data.cache')
+        if self.augment.repeats > 1:
+            raise ZooError('data.augment.repeats needs images that can be drawn by index; TarShards reads a stream')
         self.patterns = {'train': train, 'val': val} | ({'test': test} if test else {})
         self.train_samples, self.label_key, self.shuffle_buffer = train_samples, label_key, shuffle_buffer
         self.class_names = class_names or [str(number) for number in range(num_classes)]

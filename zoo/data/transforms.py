@@ -67,6 +67,7 @@ class Augment:
         re_count: Largest number of erased regions.
         rotate: Largest random rotation in degrees.
         translate: Largest random shift as a fraction of the size.
+        repeats: Differently augmented copies of an image in an epoch, which then visits a fraction of the images.
     """
 
     scale: tuple[float, float] = (0.08, 1.0)
@@ -79,6 +80,11 @@ class Augment:
     re_count: int = 1
     rotate: float = 0.0
     translate: float = 0.0
+    repeats: int = 1
+
+    def __post_init__(self) -> None:
+        if self.repeats < 1:
+            raise ZooError(f'augment.repeats must be at least 1, not {self.repeats}')
 
 
 def eval_transform(view: View) -> Callable[[Image.Image], object]:

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
@@ -37,6 +38,31 @@ class EpochLine(Callback):
         if hasattr(self, '_start'):
             parts.append(f'{time.monotonic() - self._start:.1f} s')
         print('  '.join(parts), flush=True)
+
+
+class Throughput(Callback):
+    """Logs images per second of each epoch's training batches and, on a GPU, the peak memory in MiB so far.
+
+    Validation does not count; the data loading that training waits for does, and the first batch does not.
+    """
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._since, self._last, self._images = None, None, 0
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        self._last = time.monotonic()
+        if self._since is None:
+            self._since = self._last
+        else:
+            self._images += len(batch['target']) * trainer.world_size
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._images:
+            pl_module.log('train/images_per_s', self._images / max(self._last - self._since, 1e-9))
+        if pl_module.device.type == 'cuda':
+            pl_module.log('train/peak_mib', torch.cuda.max_memory_allocated(pl_module.device) / 2**20)
 
 
 class LearningRate(Callback):

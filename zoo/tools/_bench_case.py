@@ -1,4 +1,4 @@
-"""One row group of `zoo bench kernels`: an op at a named shape, what it is compared with, and the bytes it must move."""
+"""A case of `zoo bench kernels`: an op at a named shape, what it is compared with, the bytes it must move."""
 
 from __future__ import annotations
 

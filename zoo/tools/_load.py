@@ -10,6 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Offl
 from timm.models import PretrainedCfg, load_state_dict
 from torch import nn
 
+from zoo.backbones._features import unwrap_checkpoint
 from zoo.errors import ZooError
 from zoo.registry import check_name
 from zoo.tools._cost import meta_model
@@ -98,7 +99,7 @@ def read_weights(path: Path) -> Weights:
     if not path.is_file():
         raise ZooError(f'no such checkpoint file: {path}')
     try:
-        state = load_state_dict(str(path))
+        state = unwrap_checkpoint(load_state_dict(str(path)))
     except Exception as error:  # torch, zipfile, pickle and safetensors each have their own
         first = str(error).strip().splitlines()[0] if str(error).strip() else ''
         raise ZooError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import statistics
 import subprocess
@@ -116,6 +117,39 @@ def graph_ms(steps: list[Step], repeats: int) -> float:
     graph.replay()
     timer = _Events()
     return statistics.median(timer(graph.replay) for _ in range(repeats)) / len(steps)
+
+
+def host_us(step: Step, calls: int = 20) -> float:
+    """Microseconds that the host needs to enqueue one CUDA call, the device's work not waited for.
+
+    Args:
+        step: what to call; few enough kernels that `calls` times as many fit the queue.
+        calls: how often.
+    """
+    times = []
+    for _ in range(3):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            step()
+        times.append((time.perf_counter() - start) / calls * 1e6)
+    torch.cuda.synchronize()
+    return min(times)
+
+
+def write_json(path: Path | None, result: dict) -> None:
+    """Replace a result file in one step, so that a run that is stopped leaves a whole one.
+
+    Args:
+        path: where; its folder is made. None writes nothing.
+        result: what.
+    """
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f'.{path.name}.{os.getpid()}')
+    partial.write_text(json.dumps(result, indent=2) + '\n')
+    partial.replace(path)
 
 
 def copy_gb_per_s(device: str, mib: int) -> float:

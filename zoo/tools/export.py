@@ -208,6 +208,17 @@ def _compare(model: nn.Module, run, x: torch.Tensor) -> float:
         raise ZooError(f'not written: the file fails on an input of {shape}: {_first_lines(error)}') from error
 
 
+def fused(name: str, model: nn.Module) -> nn.Module:
+    """The model with its BatchNorms folded, in place.
+
+    Raises:
+        ZooError: if there is nothing to fold.
+    """
+    if not hasattr(model, 'fuse'):
+        raise ZooError(f'--fuse: {name} has nothing to fold')
+    return model.fuse()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog='zoo export',
@@ -227,6 +238,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument('--batch-size', type=int, help='default: 1, or 2 with --dynamic-batch')
     parser.add_argument('--dynamic-batch', action='store_true', help='the file takes any batch size')
     parser.add_argument('--dynamic-size', action='store_true', help='the file takes any height and width')
+    parser.add_argument(
+        '--fuse', action='store_true', help='fold BatchNorms and other factors per channel into convolutions first'
+    )
     parser.add_argument('--opset', type=int, help="ONNX operator set; default: torch's")
     parser.add_argument('--json', action='store_true', help='print JSON instead of text')
     return parser
@@ -239,6 +253,8 @@ def cli_export(argv: list[str]) -> int:
         raise ZooError('--checkpoint and --pretrained both name weights: give one of them')
     size = image_size(args.img_size)
     model = build(args.name, args.checkpoint, pretrained=args.pretrained, img_size=size)
+    if args.fuse:
+        model = fused(args.name, model)
     channels, *own = model.pretrained_cfg['input_size']
     height, width = size or own
     batch = args.batch_size or (2 if args.dynamic_batch else 1)

@@ -1,0 +1,138 @@
+"""RMSNorm and LayerNorm on GPUs, with the addition to the residual stream before them: one pass over memory each way.
+
+A program holds whole rows. The backward pass recomputes the statistics from the stream, and every program sums the
+gradients of the weights over its rows; the sums of the programs are added afterwards, in one order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from zoo.kernels._triton._common import ceil_div, launch, next_power, programs, token_rows
+
+MAX_DIM = 8192
+_TILE = 4096  # elements of a forward tile; the backward, with more of them alive, takes half
+
+
+@triton.jit
+def _centred(h, inside, C: tl.constexpr, eps, CENTER: tl.constexpr):
+    """Normalised rows and the reciprocal of their deviation."""
+    if CENTER:
+        h = tl.where(inside, h - (tl.sum(h, 1) / C)[:, None], 0.0)
+    scale = tl.rsqrt(tl.sum(h * h, 1) / C + eps)
+    return h * scale[:, None], scale
+
+
+@triton.jit(do_not_specialize=['N', 'ROWS'])
+def norm_fwd_kernel(
+    x, residual, gamma, sample, weight, bias, y, stream, N, ROWS, eps,
+    SX: tl.constexpr, SR: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, CENTER: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    cols = tl.arange(0, BC)
+    inside = (rows < N)[:, None] & (cols < C)[None, :]
+    h = tl.load(x + rows[:, None] * SX + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+    if gamma is not None:
+        h *= tl.load(gamma + cols, mask=cols < C, other=0.0).to(tl.float32)[None, :]
+    if sample is not None:
+        h *= tl.load(sample + rows // ROWS, mask=rows < N, other=0.0).to(tl.float32)[:, None]
+    if residual is not None:
+        h += tl.load(residual + rows[:, None] * SR + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+        # The statistics are those of the stream as it is stored.
+        stored = h.to(stream.dtype.element_ty)
+        tl.store(stream + rows[:, None] * C + cols[None, :], stored, mask=inside)
+        h = stored.to(tl.float32)
+    h, _ = _centred(h, inside, C, eps, CENTER)
+    h *= tl.load(weight + cols, mask=cols < C, other=0.0).to(tl.float32)[None, :]
+    if bias is not None:
+        h += tl.load(bias + cols, mask=cols < C, other=0.0).to(tl.float32)[None, :]
+    tl.store(y + rows[:, None] * C + cols[None, :], h.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=['N', 'ROWS', 'STEP'])
+def norm_bwd_kernel(
+    stream, x, gamma, sample, weight, dy, dstream, dresidual, dx, partial, N, ROWS, STEP, eps,
+    SS: tl.constexpr, SX: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, CENTER: tl.constexpr,
+    BIAS: tl.constexpr,
+):  # fmt: skip
+    cols = tl.arange(0, BC)
+    w = tl.load(weight + cols, mask=cols < C, other=0.0).to(tl.float32)[None, :]
+    dweight = tl.zeros((BN, BC), tl.float32)
+    dbias = tl.zeros((BN, BC), tl.float32)
+    dgamma = tl.zeros((BN, BC), tl.float32)
+    for start in range(tl.program_id(0) * BN, N, STEP):
+        rows = start + tl.arange(0, BN).to(tl.int64)
+        inside = (rows < N)[:, None] & (cols < C)[None, :]
+        at = rows[:, None] * C + cols[None, :]
+        h = tl.load(stream + rows[:, None] * SS + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
+        h, scale = _centred(h, inside, C, eps, CENTER)
+        dweight += g * h
+        if BIAS:
+            dbias += g
+        g *= w
+        d = g - h * (tl.sum(g * h, 1) / C)[:, None]
+        if CENTER:
+            d -= (tl.sum(g, 1) / C)[:, None]
+        d *= scale[:, None]
+        if dstream is not None:
+            d += tl.load(dstream + at, mask=inside, other=0.0).to(tl.float32)
+        if dresidual is not None:
+            tl.store(dresidual + at, d.to(dresidual.dtype.element_ty), mask=inside)
+        if sample is not None:
+            d *= tl.load(sample + rows // ROWS, mask=rows < N, other=0.0).to(tl.float32)[:, None]
+        if gamma is not None:
+            dgamma += d * tl.load(x + rows[:, None] * SX + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+            d *= tl.load(gamma + cols, mask=cols < C, other=0.0).to(tl.float32)[None, :]
+        tl.store(dx + at, d.to(dx.dtype.element_ty), mask=inside)
+    P = tl.num_programs(0)
+    at = partial + tl.program_id(0) * C + cols
+    tl.store(at, tl.sum(dweight, 0), mask=cols < C)
+    if BIAS:
+        tl.store(at + P * C, tl.sum(dbias, 0), mask=cols < C)
+    if gamma is not None:
+        tl.store(at + 2 * P * C, tl.sum(dgamma, 0), mask=cols < C)
+
+
+def _sizes(x: Tensor, sample: Tensor | None, tile: int) -> tuple[int, int, int, int, int]:
+    """Rows, rows per sample, channels, padded channels, rows of a tile."""
+    C = x.shape[-1]
+    N = x.numel() // C
+    BC = next_power(C)
+    return N, N if sample is None else N // sample.numel(), C, BC, max(1, tile // BC)
+
+
+def norm_fwd(x, residual, gamma, sample, weight, bias, eps, center, dtype):
+    """Normalised rows in `dtype`, and the stream in the residual's dtype (empty without a residual)."""
+    N, per_sample, C, BC, BN = _sizes(x, sample, _TILE)
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    x, SX = token_rows(x)
+    stream, SR = None, 0
+    if residual is not None:
+        residual, SR = token_rows(residual)
+        stream = torch.empty(residual.shape, dtype=residual.dtype, device=x.device)
+    consts = {'SX': SX, 'SR': SR, 'C': C, 'BC': BC, 'BN': BN, 'CENTER': center}
+    tensors = (x, residual, gamma, sample, weight, bias, y, stream)
+    launch(norm_fwd_kernel, (ceil_div(N, BN), 1, 1), tensors, (N, per_sample, eps), consts)
+    return y, torch.empty(0, dtype=x.dtype, device=x.device) if stream is None else stream
+
+
+def norm_bwd(stream, x, gamma, sample, weight, bias, dy, dstream, eps, center, has_residual, dtype):
+    """Gradients of x (in `dtype`), residual, gamma, weight and bias; empty where there is no such argument."""
+    N, per_sample, C, BC, BN = _sizes(stream, sample, _TILE // 2)
+    device = stream.device
+    dx = torch.empty(stream.shape, dtype=dtype, device=device)
+    dresidual = torch.empty(stream.shape, dtype=stream.dtype, device=device) if has_residual else None
+    stream, SS = token_rows(stream)
+    x, SX = (None, 0) if x is None else token_rows(x)
+    dstream = None if dstream is None else dstream.contiguous()
+    count = max(1, min(programs(device), ceil_div(N, BN)))
+    partial = torch.empty((3, count, C), dtype=torch.float32, device=device)
+    consts = {'SS': SS, 'SX': SX, 'C': C, 'BC': BC, 'BN': BN, 'CENTER': center, 'BIAS': bias is not None}
+    tensors = (stream, x, gamma, sample, weight, dy.contiguous(), dstream, dresidual, dx, partial)
+    launch(norm_bwd_kernel, (count, 1, 1), tensors, (N, per_sample, count * BN, eps), consts)
+    grads = [dresidual, None if gamma is None else partial[2].sum(0).to(gamma.dtype)]
+    grads += [partial[0].sum(0).to(weight.dtype), None if bias is None else partial[1].sum(0).to(bias.dtype)]
+    return dx, *(torch.empty(0, dtype=dtype, device=device) if g is None else g for g in grads)

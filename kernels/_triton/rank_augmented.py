@@ -1,0 +1,534 @@
+"""Rank-augmented linear attention (RALA) on GPUs; the formulas are in zoo/kernels/linear_attention.py.
+
+Forward, four launches over parts of the token axis: sums of phi(q) (and a small table of cosines and sines); one sweep
+over k and v as an online softmax that carries the largest log weight m, the sum of weights, of weighted keys and of
+weighted rotated keys times values; the merge of the parts; the read-out with the output modulation. q is read twice,
+k, v, lepe and gate once, y written once.
+
+Backward, with normalised weights w, state S, key sum s, z = phi(q) . s + eps and dr = dy * gate:
+
+    g = dr / z         u = -(dr . r) / z       dS = sum rope(phi(q)) g^T        ds = sum u phi(q)
+    t = rope^-1(dS v) + ds                     dc = w (phi(k) . t - <dS, S> - ds . s) D^-0.5
+    dk = (w t + dc qbar) phi'(k)               dv = w dS^T rope(phi(k))         dqbar = sum dc phi(k)
+    dq = (rope^-1(S g) + u s + dqbar / T) phi'(q)
+
+in sweeps over (q, dy, lepe, gate), (k, v) and (q, dr): the gradient of lepe is dr, so the last sweep reads it there.
+phi(x) = elu(x) + 1 has the derivative min(phi(x), 1). Tables, sums, softmax and denominators are fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from zoo.kernels._triton._common import (
+    LOG2E,
+    alignment,
+    ceil_div,
+    compute_types,
+    launch,
+    load_tile,
+    next_power,
+    store_tile,
+)
+from zoo.kernels._triton.linear_attention import (
+    DTYPES,
+    SIZES,
+    Config,
+    Options,
+    cut,
+    load_state,
+    merge,
+    place,
+    rows,
+    span,
+    start,
+    store_state,
+    strides,
+    sums_of_parts,
+)
+from zoo.kernels.rope import LOG2_BASE
+
+MAX_DIM = 128
+MAX_PARTS = 1024
+NUMBERS = [*SIZES, 'n_table', 'width'] + [x + y for x in ('lepe', 'gate', 'dy', 'dr') for y in ('_b', '_t', '_h')]
+
+
+def config(dtype: torch.dtype, D: int, backward: bool) -> Config:
+    """The fixed table of block sizes; every row has a case in tests/gpu/check_linear_attention.py."""
+    bk = next_power(D)
+    if dtype != torch.bfloat16:
+        bv = bk if bk <= 64 else 32
+        options = Options(16 if backward or bk > 64 else 32, 4 if bk <= 64 else 8, 2)
+        return Config(bk, bv, ceil_div(D, bv), options, options)
+    if bk <= 64:
+        reads = Options(32 if backward else 64, 4, 3)
+        return Config(bk, bk, 1, Options(32, 4, 3, fill=4 if backward else 3), reads)
+    if not backward:
+        return Config(bk, bk, 1, Options(32, 8, 2), Options(32, 4, 2))
+    return Config(bk, 64, ceil_div(D, 64), Options(16, 4, 2), Options(16, 4, 2))
+
+
+def unsupported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
+    """Why the kernels cannot take these tensors, or None."""
+    if q.dtype not in DTYPES:
+        return f'dtype {str(q.dtype).removeprefix("torch.")}'
+    return f'head dimension above {MAX_DIM} (D = {q.shape[-1]})' if q.shape[-1] > MAX_DIM else None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Parts of kernels
+
+
+@triton.jit
+def positive(x, cols, D: tl.constexpr, BD: tl.constexpr):
+    """elu(x) + 1 in fp32, zeros beyond D."""
+    x = x.to(tl.float32)
+    x = tl.where(x > 0, x + 1.0, tl.exp2(tl.minimum(x, 0.0) * LOG2E))
+    return x if D == BD else tl.where((cols < D)[None, :], x, 0.0)
+
+
+@triton.jit
+def angles(table, n_table, token, row_ok, width, D: tl.constexpr, BD: tl.constexpr):
+    """Cosines and sines (tokens, BD / 2) of the pairs: D / 4 that turn with the row, D / 4 with the column."""
+    M: tl.constexpr = D // 4
+    pair = tl.arange(0, BD // 2)
+    row = token // width
+    column = token - row * width
+    by_row = (pair < M)[None, :]
+    i = tl.where(by_row, row[:, None], column[:, None]) * M + tl.where(pair < M, pair, pair - M)[None, :]
+    if M % 4 == 0:
+        i = tl.max_contiguous(tl.multiple_of(i, (1, 4)), (1, 4))
+    ok = row_ok[:, None]
+    if D != BD:
+        ok = ok & (pair < 2 * M)[None, :]
+    return tl.load(table + i, mask=ok, other=1.0), tl.load(table + n_table * M + i, mask=ok, other=0.0)
+
+
+@triton.jit
+def rotate(x, cos, sin, BT: tl.constexpr, BD: tl.constexpr):
+    """Turn interleaved pairs of columns."""
+    even, odd = tl.split(tl.reshape(x, (BT, BD // 2, 2)))
+    return tl.reshape(tl.join(even * cos - odd * sin, odd * cos + even * sin), (BT, BD))
+
+
+@triton.jit
+def load_row(x, cols, D: tl.constexpr):
+    return tl.load(x + cols, mask=cols < D, other=0.0)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Forward kernels, grid (parts, batch * heads, value blocks). Outputs are contiguous (B, T, H, D).
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def rala_fwd_kernel_queries(q, qbar, table, T, per, H, n_table, q_b, q_t, q_h, D: tl.constexpr, BT: tl.constexpr,
+                            BD: tl.constexpr, BM: tl.constexpr, A: tl.constexpr, LOG2_BASE: tl.constexpr):  # fmt: skip
+    """Sums of phi(q) over every part, to (parts, B * H, D). The last row of the grid writes the table."""
+    heads = tl.num_programs(1) - 1
+    if tl.program_id(1) < heads:
+        b, h, first, n = place(T, per, H)
+        rows, cols = tl.arange(0, BT), tl.arange(0, BD)
+        x = start(q, b, h, first, q_b, q_t, q_h, A)
+        step = q_t * A
+        single = tl.zeros((BT, BD), tl.float32)
+        for t in range(0, n, BT):
+            ok = rows < n - t
+            y = positive(load_tile(x, rows, cols, step, ok, D, BD), cols, D, BD)
+            single += tl.where(ok[:, None], y, 0.0)
+            x += BT * step.to(tl.int64)
+        row = tl.program_id(0).to(tl.int64) * heads + tl.program_id(1)
+        tl.store(qbar + row * D + cols, tl.sum(single, 0), mask=cols < D)
+    else:
+        M: tl.constexpr = D // 4
+        j = tl.arange(0, BM)
+        frequency = tl.exp2(j.to(tl.float64) * (-LOG2_BASE / max(M - 1, 1))).to(tl.float32)
+        for i in range(tl.program_id(0) * 16, n_table, tl.num_programs(0) * 16):
+            place_of = i + tl.arange(0, 16)
+            angle = place_of.to(tl.float32)[:, None] * frequency[None, :]
+            ok = (place_of < n_table)[:, None] & (j < M)[None, :]
+            to = table + place_of[:, None] * M + j[None, :]
+            tl.store(to, tl.cos(angle), mask=ok)
+            tl.store(to + n_table * M, tl.sin(angle), mask=ok)
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def rala_fwd_kernel_keys(k, v, parts_q, qbar, table, kv, key, top, total_weight, T, per, H, parts, n_table, width, k_b,
+                         k_t, k_h, v_b, v_t, v_h, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+                         BV: tl.constexpr, A: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr):  # fmt: skip
+    """Online softmax over a part: its largest log weight (base 2) and the sums relative to it, final with one part."""
+    b, h, first, n = place(T, per, H)
+    part, heads, head, iv = tl.program_id(0), tl.num_programs(1).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    rows, cols = tl.arange(0, BT), tl.arange(0, BD)
+    cols_v = iv * BV + tl.arange(0, BV)
+    mean = tl.zeros((BD,), tl.float32)
+    for p in range(0, parts, 16):
+        some = p + tl.arange(0, 16)
+        ok = (some < parts)[:, None] & (cols < D)[None, :]
+        mean += tl.sum(tl.load(parts_q + (some[:, None] * heads + head) * D + cols[None, :], mask=ok, other=0.0), 0)
+    mean = mean / T
+    tl.store(qbar + head * D + cols, mean, mask=(cols < D) & (part + iv == 0))
+    mean *= LOG2E / tl.sqrt(float(D))
+
+    x, y = start(k, b, h, first, k_b, k_t, k_h, A), start(v, b, h, first, v_b, v_t, v_h, A)
+    x_step, y_step = k_t * A, v_t * A
+    token = first.to(tl.int32) + rows
+    largest = -float('inf')
+    weight = tl.zeros((BT,), tl.float32)
+    single = tl.zeros((BT, BD), tl.float32)
+    total = tl.zeros((BD, BV), tl.float32)
+    for t in range(0, n, BT):
+        ok = rows < n - t
+        kf = positive(load_tile(x, rows, cols, x_step, ok, D, BD), cols, D, BD)
+        vt = load_tile(y, rows, cols_v, y_step, ok, D, BV)
+        cos, sin = angles(table, n_table, token + t, ok, width, D, BD)
+        c = tl.where(ok, tl.sum(kf * mean[None, :], 1), -float('inf'))
+        before = largest
+        largest = tl.maximum(before, tl.max(c, 0))
+        fade = tl.exp2(before - largest)
+        w = tl.exp2(c - largest)
+        weight = weight * fade + w
+        kf *= w[:, None]
+        single = single * fade + kf
+        turned = rotate(kf, cos, sin, BT, BD)
+        total = tl.dot(tl.trans(turned.to(CT)), vt.to(CT), total * fade, input_precision=PREC)
+        x += BT * x_step.to(tl.int64)
+        y += BT * y_step.to(tl.int64)
+    norm = tl.sum(weight, 0)
+    share = tl.where(parts == 1, 1.0 / norm, 1.0)
+    row = part.to(tl.int64) * heads + head
+    store_state(kv + row * (D * D), total * share, cols, cols_v, D, D)
+    if iv == 0:
+        tl.store(key + row * D + cols, tl.sum(single, 0) * share, mask=cols < D)
+        tl.store(top + row, tl.where(parts == 1, (largest + tl.log2(norm)) / LOG2E, largest))
+        tl.store(total_weight + row, norm)
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def rala_kernel_merge(parts_kv, parts_key, top, total_weight, kv, key, norm, parts, D: tl.constexpr,
+                      BLOCK: tl.constexpr, BP: tl.constexpr, MOST: tl.constexpr):  # fmt: skip
+    """Adds the parts' sums relative to one largest weight and divides by the sum of weights."""
+    heads, head, block = tl.num_programs(0).to(tl.int64), tl.program_id(0), tl.program_id(1)
+    every = tl.arange(0, MOST)
+    tops = tl.load(top + every * heads + head, mask=every < parts, other=-float('inf'))
+    weights = tl.load(total_weight + every * heads + head, mask=every < parts, other=0.0)
+    largest = tl.max(tops, 0)
+    total = tl.sum(weights * tl.exp2(tops - largest), 0)
+    of_kv = block < tl.num_programs(1) - tl.cdiv(D, BLOCK)
+    size = tl.where(of_kv, D * D, D)
+    i = tl.where(of_kv, block, block - tl.cdiv(D * D, BLOCK)) * BLOCK + tl.arange(0, BLOCK)
+    source = parts_key
+    target = key
+    if of_kv:
+        source = parts_kv
+        target = kv
+    out = tl.zeros((BLOCK,), tl.float32)
+    for p in range(0, parts, BP):
+        part = p + tl.arange(0, BP)
+        ok = part < parts
+        w = tl.exp2(tl.load(top + part * heads + head, mask=ok, other=-float('inf')) - largest)
+        x = source + (part[:, None] * heads + head) * size + i[None, :]
+        out += tl.sum(tl.load(x, mask=ok[:, None] & (i < size)[None, :], other=0.0) * w[:, None], 0)
+    tl.store(target + head.to(tl.int64) * size + i, out / total, mask=i < size)
+    if block == 0:
+        tl.store(norm + head, (largest + tl.log2(total)) / LOG2E)
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def rala_fwd_kernel_out(q, lepe, gate, y, kv, key, table, T, per, H, eps, n_table, width, q_b, q_t, q_h, lepe_b,
+                        lepe_t, lepe_h, gate_b, gate_t, gate_h, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+                        BV: tl.constexpr, A: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr, LEPE: tl.constexpr,
+                        GATE: tl.constexpr):  # fmt: skip
+    b, h, first, n = place(T, per, H)
+    rows, cols = tl.arange(0, BT), tl.arange(0, BD)
+    cols_v, head = tl.program_id(2) * BV + tl.arange(0, BV), tl.program_id(1).to(tl.int64)
+    state = load_state(kv + head * (D * D), cols, cols_v, D, D).to(CT)
+    s = load_row(key + head * D, cols, D)
+    q = start(q, b, h, first, q_b, q_t, q_h, A)
+    y += ((b * T + first) * H + h) * D
+    if LEPE:
+        lepe = start(lepe, b, h, first, lepe_b, lepe_t, lepe_h, A)
+    if GATE:
+        gate = start(gate, b, h, first, gate_b, gate_t, gate_h, A)
+    token = first.to(tl.int32) + rows
+    for t in range(0, n, BT):
+        ok = rows < n - t
+        qf = positive(load_tile(q, rows, cols, q_t * A, ok, D, BD), cols, D, BD)
+        cos, sin = angles(table, n_table, token + t, ok, width, D, BD)
+        inverse = 1.0 / (tl.sum(qf * s[None, :], 1) + eps)
+        r = tl.dot(rotate(qf, cos, sin, BT, BD).to(CT), state, input_precision=PREC) * inverse[:, None]
+        if LEPE:
+            r += load_tile(lepe, rows, cols_v, lepe_t * A, ok, D, BV).to(tl.float32)
+            lepe += BT * (lepe_t * A).to(tl.int64)
+        if GATE:
+            r *= load_tile(gate, rows, cols_v, gate_t * A, ok, D, BV).to(tl.float32)
+            gate += BT * (gate_t * A).to(tl.int64)
+        store_tile(y, r, rows, cols_v, H * D, ok, D, BV)
+        q += BT * (q_t * A).to(tl.int64)
+        y += BT * (H * D).to(tl.int64)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Backward kernels
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def rala_bwd_kernel_queries(q, lepe, gate, dy, dlepe, dgate, kv, key, table, dkv, dkey, T, per, H, eps, n_table, width,
+                            q_b, q_t, q_h, lepe_b, lepe_t, lepe_h, gate_b, gate_t, gate_h, dy_b, dy_t, dy_h,
+                            D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, A: tl.constexpr,
+                            CT: tl.constexpr, PREC: tl.constexpr, LEPE: tl.constexpr, GATE: tl.constexpr):  # fmt: skip
+    """Gradients of lepe and gate, and a part's share of those of the sums; dkey has a row per value block too."""
+    b, h, first, n = place(T, per, H)
+    rows, cols, iv = tl.arange(0, BT), tl.arange(0, BD), tl.program_id(2)
+    cols_v, head = iv * BV + tl.arange(0, BV), tl.program_id(1).to(tl.int64)
+    state = load_state(kv + head * (D * D), cols, cols_v, D, D).to(CT)
+    s = load_row(key + head * D, cols, D)
+    q, dy = start(q, b, h, first, q_b, q_t, q_h, A), start(dy, b, h, first, dy_b, dy_t, dy_h, A)
+    to = ((b * T + first) * H + h) * D
+    if LEPE:
+        lepe = start(lepe, b, h, first, lepe_b, lepe_t, lepe_h, A)
+    if LEPE or GATE:
+        dlepe += to
+    if GATE:
+        gate = start(gate, b, h, first, gate_b, gate_t, gate_h, A)
+        dgate += to
+    token = first.to(tl.int32) + rows
+    single = tl.zeros((BT, BD), tl.float32)
+    total = tl.zeros((BD, BV), tl.float32)
+    for t in range(0, n, BT):
+        ok = rows < n - t
+        qf = positive(load_tile(q, rows, cols, q_t * A, ok, D, BD), cols, D, BD)
+        dr = load_tile(dy, rows, cols_v, dy_t * A, ok, D, BV).to(tl.float32)
+        cos, sin = angles(table, n_table, token + t, ok, width, D, BD)
+        inverse = 1.0 / (tl.sum(qf * s[None, :], 1) + eps)
+        turned = rotate(qf, cos, sin, BT, BD).to(CT)
+        r = tl.dot(turned, state, input_precision=PREC) * inverse[:, None]
+        if GATE:
+            out = r
+            if LEPE:
+                out += load_tile(lepe, rows, cols_v, lepe_t * A, ok, D, BV).to(tl.float32)
+                lepe += BT * (lepe_t * A).to(tl.int64)
+            store_tile(dgate, dr * out, rows, cols_v, H * D, ok, D, BV)
+            dgate += BT * (H * D).to(tl.int64)
+            dr *= load_tile(gate, rows, cols_v, gate_t * A, ok, D, BV).to(tl.float32)
+            gate += BT * (gate_t * A).to(tl.int64)
+        if LEPE or GATE:
+            store_tile(dlepe, dr, rows, cols_v, H * D, ok, D, BV)
+            dlepe += BT * (H * D).to(tl.int64)
+        u = -tl.sum(dr * r, 1) * inverse
+        single += u[:, None] * qf
+        g = (dr * inverse[:, None]).to(CT)
+        total = tl.dot(tl.trans(turned), g, total, input_precision=PREC)
+        q += BT * (q_t * A).to(tl.int64)
+        dy += BT * (dy_t * A).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + head
+    store_state(dkv + row * (D * D), total, cols, cols_v, D, D)
+    row = (tl.program_id(0).to(tl.int64) * tl.num_programs(2) + iv) * tl.num_programs(1) + head
+    tl.store(dkey + row * D + cols, tl.sum(single, 0), mask=cols < D)
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def rala_bwd_kernel_keys(k, v, dk, dv, kv, key, qbar, norm, table, dkv, dkey, dqbar, T, per, H, n_table, width, k_b,
+                         k_t, k_h, v_b, v_t, v_h, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+                         BV: tl.constexpr, NV: tl.constexpr, A: tl.constexpr, CT: tl.constexpr,
+                         PREC: tl.constexpr):  # fmt: skip
+    """dk, dv and a part's share of dqbar."""
+    b, h, first, n = place(T, per, H)
+    rows, cols, block = tl.arange(0, BT), tl.arange(0, BD), tl.arange(0, BV)
+    head = tl.program_id(1).to(tl.int64)
+    s, ds, mean = (
+        load_row(key + head * D, cols, D),
+        load_row(dkey + head * D, cols, D),
+        load_row(qbar + head * D, cols, D),
+    )
+    top = tl.load(norm + head) * LOG2E
+    kv += head * (D * D)
+    dkv += head * (D * D)
+    inner = tl.sum(s * ds, 0)
+    for j in range(NV):
+        part = load_state(dkv, cols, j * BV + block, D, D)
+        inner += tl.sum(tl.sum(part * load_state(kv, cols, j * BV + block, D, D), 1), 0)
+    if NV == 1:
+        state = load_state(dkv, cols, block, D, D).to(CT)
+    scale = 1.0 / tl.sqrt(float(D))
+    k, v = start(k, b, h, first, k_b, k_t, k_h, A), start(v, b, h, first, v_b, v_t, v_h, A)
+    to = ((b * T + first) * H + h) * D
+    dk += to
+    dv += to
+    token = first.to(tl.int32) + rows
+    single = tl.zeros((BT, BD), tl.float32)
+    for t in range(0, n, BT):
+        ok = rows < n - t
+        kf = positive(load_tile(k, rows, cols, k_t * A, ok, D, BD), cols, D, BD)
+        cos, sin = angles(table, n_table, token + t, ok, width, D, BD)
+        c = tl.sum(kf * mean[None, :], 1) * (scale * LOG2E)
+        w = tl.where(ok, tl.exp2(c - top), 0.0)
+        turned = rotate(kf * w[:, None], cos, sin, BT, BD).to(CT)
+        if NV == 1:
+            x = load_tile(v, rows, block, v_t * A, ok, D, BV).to(CT)
+            back = tl.dot(x, tl.trans(state), input_precision=PREC)
+            store_tile(dv, tl.dot(turned, state, input_precision=PREC), rows, block, H * D, ok, D, BV)
+        else:
+            back = tl.zeros((BT, BD), tl.float32)
+            for j in range(NV):
+                x = load_tile(v, rows, j * BV + block, v_t * A, ok, D, BV).to(CT)
+                part = load_state(dkv, cols, j * BV + block, D, D).to(CT)
+                back = tl.dot(x, tl.trans(part), back, input_precision=PREC)
+                store_tile(dv, tl.dot(turned, part, input_precision=PREC), rows, j * BV + block, H * D, ok, D, BV)
+        back = rotate(back, cos, -sin, BT, BD) + ds[None, :]
+        dc = w * (tl.sum(kf * back, 1) - inner) * scale
+        single += dc[:, None] * kf
+        back = (back * w[:, None] + dc[:, None] * mean[None, :]) * tl.minimum(kf, 1.0)
+        store_tile(dk, back, rows, cols, H * D, ok, D, BD)
+        k += BT * (k_t * A).to(tl.int64)
+        v += BT * (v_t * A).to(tl.int64)
+        dk += BT * (H * D).to(tl.int64)
+        dv += BT * (H * D).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + head
+    tl.store(dqbar + row * D + cols, tl.sum(single, 0), mask=cols < D)
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def rala_bwd_kernel_dq(q, dr, dq, kv, key, table, dqbar, T, per, H, parts, eps, n_table, width, q_b, q_t, q_h, dr_b,
+                       dr_t, dr_h, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+                       NV: tl.constexpr, A: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr):  # fmt: skip
+    b, h, first, n = place(T, per, H)
+    rows, cols, block = tl.arange(0, BT), tl.arange(0, BD), tl.arange(0, BV)
+    head, heads = tl.program_id(1).to(tl.int64), tl.num_programs(1).to(tl.int64)
+    s = load_row(key + head * D, cols, D)
+    kv += head * (D * D)
+    if NV == 1:
+        state = load_state(kv, cols, block, D, D).to(CT)
+    mean = tl.zeros((BD,), tl.float32)
+    for p in range(0, parts, 16):
+        some = p + tl.arange(0, 16)
+        ok = (some < parts)[:, None] & (cols < D)[None, :]
+        mean += tl.sum(tl.load(dqbar + (some[:, None] * heads + head) * D + cols[None, :], mask=ok, other=0.0), 0)
+    mean = mean / T
+    q, dr = start(q, b, h, first, q_b, q_t, q_h, A), start(dr, b, h, first, dr_b, dr_t, dr_h, A)
+    dq += ((b * T + first) * H + h) * D
+    token = first.to(tl.int32) + rows
+    for t in range(0, n, BT):
+        ok = rows < n - t
+        qf = positive(load_tile(q, rows, cols, q_t * A, ok, D, BD), cols, D, BD)
+        cos, sin = angles(table, n_table, token + t, ok, width, D, BD)
+        inverse = 1.0 / (tl.sum(qf * s[None, :], 1) + eps)
+        if NV == 1:
+            x = load_tile(dr, rows, block, dr_t * A, ok, D, BV).to(CT)
+            back = tl.dot(x, tl.trans(state), input_precision=PREC)
+        else:
+            back = tl.zeros((BT, BD), tl.float32)
+            for j in range(NV):
+                x = load_tile(dr, rows, j * BV + block, dr_t * A, ok, D, BV).to(CT)
+                part = load_state(kv, cols, j * BV + block, D, D).to(CT)
+                back = tl.dot(x, tl.trans(part), back, input_precision=PREC)
+        back = rotate(back, cos, -sin, BT, BD) * inverse[:, None]
+        u = -tl.sum(qf * back, 1) * inverse
+        back = (back + u[:, None] * s[None, :] + mean[None, :]) * tl.minimum(qf, 1.0)
+        store_tile(dq, back, rows, cols, H * D, ok, D, BD)
+        q += BT * (q_t * A).to(tl.int64)
+        dr += BT * (dr_t * A).to(tl.int64)
+        dq += BT * (H * D).to(tl.int64)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Host side
+
+
+class _Plan:
+    """What the launches of one pass share."""
+
+    def __init__(self, q, backward: bool, *others: torch.Tensor):
+        self.B, self.T, self.H, self.D = q.shape
+        self.device, self.heads = q.device, self.B * self.H
+        self.cfg = config(q.dtype, self.D, backward)
+        self.unit = alignment(q, *others)
+        self.types = dict(zip(('CT', 'PREC'), compute_types(q.dtype)))
+        self.parts, self.per = cut(self.T, self.heads * self.cfg.nv, self.cfg.sums, self.device)
+        self.span = span(self.T, self.heads, self.cfg.reads.bt, self.device)
+        self.grid = (self.parts, self.heads, self.cfg.nv)
+        self.grid_reads = (ceil_div(self.T, self.span), self.heads)
+
+    def blocks(self, bt: int, **more) -> dict:
+        blocks = {'D': self.D, 'BT': bt, 'BD': self.cfg.bk, 'BV': self.cfg.bv}
+        return blocks | {n: x for n, x in more.items() if n == 'NV'} | {'A': self.unit} | self.types | more
+
+    def fp32(self, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=self.device)
+
+    def strides(self, *tensors: torch.Tensor) -> list[int]:
+        return strides(self.unit, *tensors)
+
+
+def _table(plan: _Plan, height: int, width: int) -> torch.Tensor:
+    return plan.fp32(2, max(height, width), plan.D // 4)
+
+
+def _queries_consts(plan: _Plan) -> dict:
+    blocks = {'D': plan.D, 'BT': 64, 'BD': plan.cfg.bk, 'BM': next_power(plan.D // 4)}
+    return blocks | {'A': plan.unit, 'LOG2_BASE': LOG2_BASE}
+
+
+def rank_augmented_fwd(q, k, v, lepe, gate, height: int, width: int, eps: float):
+    """y (B, T, H, D); fp32 state (B, H, D, D), key sum and mean of queries (B, H, D), log normaliser (B, H)."""
+    q, k, v = rows(q), rows(k), rows(v)
+    lepe, gate = (x if x is None else rows(x) for x in (lepe, gate))
+    extra = [x for x in (lepe, gate) if x is not None]
+    plan = _Plan(q, False, k, v, *extra)
+    cfg, B, T, H, D = plan.cfg, plan.B, plan.T, plan.H, plan.D
+    table, n = _table(plan, height, width), max(height, width)
+    parts_q = plan.fp32(plan.parts, B, H, D)
+    launch(rala_fwd_kernel_queries, (plan.parts, plan.heads + 1, 1), (q, parts_q, table),
+           (T, plan.per, H, n, *plan.strides(q)), _queries_consts(plan), 4, 3)  # fmt: skip
+    kv, key, qbar, norm = plan.fp32(B, H, D, D), plan.fp32(B, H, D), plan.fp32(B, H, D), plan.fp32(B, H)
+    parts_kv, parts_key = sums_of_parts(plan.parts, kv, key)
+    top = norm if plan.parts == 1 else plan.fp32(plan.parts, B, H)
+    weight = plan.fp32(plan.parts, B, H)
+    launch(rala_fwd_kernel_keys, plan.grid, (k, v, parts_q, qbar, table, parts_kv, parts_key, top, weight),
+           (T, plan.per, H, plan.parts, n, width, *plan.strides(k, v)), plan.blocks(cfg.sums.bt),
+           *cfg.sums.launch)  # fmt: skip
+    if plan.parts > 1:
+        grid = (plan.heads, ceil_div(D * D, 128) + ceil_div(D, 128), 1)
+        launch(rala_kernel_merge, grid, (parts_kv, parts_key, top, weight, kv, key, norm), (plan.parts,),
+               {'D': D, 'BLOCK': 128, 'BP': 16, 'MOST': MAX_PARTS}, 4, 2)  # fmt: skip
+    y = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)
+    sizes = (T, plan.span, H, eps, n, width, *plan.strides(q, q if lepe is None else lepe, q if gate is None else gate))
+    launch(rala_fwd_kernel_out, (*plan.grid_reads, cfg.nv), (q, lepe, gate, y, kv, key, table), sizes,
+           plan.blocks(cfg.reads.bt, LEPE=lepe is not None, GATE=gate is not None), *cfg.reads.launch)  # fmt: skip
+    return y, kv, key, qbar, norm
+
+
+def rank_augmented_bwd(q, k, v, lepe, gate, kv, key, qbar, norm, dy, height: int, width: int, eps: float):
+    """Gradients dq, dk, dv, dlepe (or None), dgate (or None); `kv` to `norm` are those of the forward pass."""
+    q, k, v, dy = rows(q), rows(k), rows(v), rows(dy)
+    lepe, gate = (x if x is None else rows(x) for x in (lepe, gate))
+    extra = [x for x in (lepe, gate) if x is not None]
+    plan = _Plan(q, True, k, v, dy, *extra)
+    cfg, B, T, H, D = plan.cfg, plan.B, plan.T, plan.H, plan.D
+    table, n = _table(plan, height, width), max(height, width)
+    launch(rala_fwd_kernel_queries, (16, 1, 1), (q, table, table), (T, 0, H, n, *plan.strides(q)),
+           _queries_consts(plan), 4, 3)  # fmt: skip
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dlepe = torch.empty(v.shape, dtype=v.dtype, device=v.device) if extra else None
+    dgate = None if gate is None else torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    dkv, dkey = plan.fp32(B, H, D, D), plan.fp32(B, H, D)
+    parts_kv = dkv if plan.parts == 1 else plan.fp32(plan.parts, B, H, D, D)
+    parts_key = dkey if plan.parts == cfg.nv == 1 else plan.fp32(plan.parts * cfg.nv, B, H, D)
+    like = [q if x is None else x for x in (lepe, gate)]
+    launch(rala_bwd_kernel_queries, plan.grid,
+           (q, lepe, gate, dy, dlepe, dgate, kv, key, table, parts_kv, parts_key),
+           (T, plan.per, H, eps, n, width, *plan.strides(q, *like, dy)),
+           plan.blocks(cfg.sums.bt, LEPE=lepe is not None, GATE=gate is not None), *cfg.sums.launch)  # fmt: skip
+    merge(parts_kv, parts_key, dkv, dkey, plan.parts, 1.0)
+    parts, per = cut(T, plan.heads, cfg.sums, plan.device)
+    dqbar = plan.fp32(parts, B, H, D)
+    launch(rala_bwd_kernel_keys, (parts, plan.heads, 1),
+           (k, v, dk, dv, kv, key, qbar, norm, table, dkv, dkey, dqbar),
+           (T, per, H, n, width, *plan.strides(k, v)), plan.blocks(cfg.sums.bt, NV=cfg.nv),
+           *cfg.sums.launch)  # fmt: skip
+    dr = dy if dlepe is None else dlepe
+    unit = alignment(q, dr)
+    launch(rala_bwd_kernel_dq, (*plan.grid_reads, 1), (q, dr, dq, kv, key, table, dqbar),
+           (T, plan.span, H, parts, eps, n, width, *strides(unit, q, dr)),
+           plan.blocks(cfg.reads.bt, NV=cfg.nv) | {'A': unit}, *cfg.reads.launch)  # fmt: skip
+    return dq, dk, dv, None if lepe is None else dlepe, dgate

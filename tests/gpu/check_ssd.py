@@ -1,0 +1,110 @@
+"""Checks the kernels of state space duality on the GPU against the torch path in fp64.
+
+    python tests/gpu/check_ssd.py [--out FILE] [--shard I/N] [--dtypes A,B]
+
+Every row of the config table in every dtype, one and several segments, several seeds, poisoned memory, twice for
+determinism. The torch path is itself tested against the recurrence in tests/test_ssd.py.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from harness import DEVICE, LIMITS, main, verdict
+from torch import Tensor
+from zoo.kernels.ssd import ssd, ssd_step, ssd_step_
+
+import zoo
+
+NAMES = ('x', 'dt', 'A', 'B', 'C', 'D', 'initial_state')
+CASES = [  # B, T, H, groups of B, of C, P, N, steps, cu_seqlens, D and states
+    (2, 3000, 4, 4, 4, 64, 64, 'mild', None, True),
+    (2, 3000, 4, 1, 1, 64, 64, 'mixed', None, True),
+    (320, 130, 2, 2, 2, 64, 64, 'mild', None, True),
+    (2, 2500, 4, 4, 4, 128, 128, 'mild', None, True),
+    (2, 1200, 4, 2, 4, 128, 128, 'mixed', None, True),
+    (1, 9000, 2, 2, 2, 128, 128, 'mild', None, False),
+    (2, 700, 2, 1, 1, 64, 128, 'strong', None, True),
+    (2, 700, 2, 1, 1, 128, 64, 'mixed', None, True),
+    (2, 700, 2, 2, 1, 64, 256, 'mild', None, True),
+    (1, 300, 2, 1, 1, 256, 256, 'mild', None, True),
+    (3, 63, 2, 1, 2, 24, 20, 'mixed', None, True),
+    (2, 1, 4, 2, 2, 64, 64, 'mild', None, True),
+    (3, 65, 2, 2, 2, 80, 16, 'strong', None, False),
+    (1, 3000, 4, 2, 2, 64, 64, 'mixed', (0, 1, 1, 70, 134, 3000), True),
+    (1, 700, 2, 1, 1, 128, 128, 'mild', (0, 300, 300, 700), True),
+]
+
+
+def make(case: tuple, dtype: torch.dtype, seed: int) -> tuple[list[Tensor | None], list[Tensor]]:
+    """Arguments of the op (slices of fused projections), and gradients of its results."""
+    batch, length, heads, groups_b, groups_c, dim, state_dim, strength, cuts, extras = case
+    torch.manual_seed(seed)
+    randn = lambda *shape: torch.randn(*shape, device=DEVICE)  # noqa: E731
+    sizes = [heads * dim, groups_b * state_dim, groups_c * state_dim]
+    x, B, C = randn(batch, length, sum(sizes)).to(dtype).split(sizes, -1)
+    x, B, C = (t.unflatten(-1, (g, -1)) for t, g in ((x, heads), (B, groups_b), (C, groups_c)))
+    dt = F.softplus(randn(batch, length, heads) - 2)
+    if strength == 'mixed':  # whole stretches of closed gates between open ones
+        dt = 20.0 * (torch.rand_like(dt) < 0.3)
+    elif strength == 'strong':
+        dt = 6.0 * torch.rand_like(dt)
+    A = -torch.rand(heads, device=DEVICE) - 0.5
+    rows = batch if cuts is None else len(cuts) - 1
+    states = [randn(rows, heads, dim, state_dim) for _ in range(2)]
+    dy = randn(batch, length, heads, dim).to(dtype)
+    return [x, dt, A, B, C, randn(heads) if extras else None, states[0] if extras else None], [dy, states[1]]
+
+
+def run(arguments: list[Tensor | None], grads: list[Tensor], cu: Tensor | None) -> dict[str, Tensor]:
+    """Results and gradients by name."""
+    leaves = [None if t is None else t.detach().requires_grad_() for t in arguments]
+    x, dt, A, B, C, D, state = leaves
+    y, final = ssd(x, dt, A, B, C, D=D, initial_state=state, output_final_state=True, cu_seqlens=cu)
+    found = torch.autograd.grad([y, final], [t for t in leaves if t is not None], grads)
+    names = [n for n, t in zip(NAMES, leaves) if t is not None]
+    return {'y': y.detach(), 'final': final.detach()} | {f'd{n}': g for n, g in zip(names, found)}
+
+
+def steps(arguments: list[Tensor | None]) -> dict[str, Tensor]:
+    """The first token by both forms of the single step."""
+    x, dt, A, B, C, D, state = arguments
+    token = [t[:, 0] for t in (x, dt)], [t[:, 0] for t in (B, C)]
+    y, new = ssd_step(*token[0], A, *token[1], state, D=D)
+    kept = state.clone()
+    return {'step': y, 'step state': new, 'step_': ssd_step_(*token[0], A, *token[1], kept, D=D), 'step_ state': kept}
+
+
+def check(say, shard=(0, 1), dtypes=(torch.float32, torch.float16, torch.bfloat16), seeds=(0, 1)) -> int:
+    """Number of bad cases."""
+    bad = 0
+    for dtype in dtypes:
+        worst: dict[str, float] = {}
+        plain, gate = LIMITS[dtype]
+        for case in CASES[shard[0] :: shard[1]]:
+            for seed in seeds:
+                arguments, grads = make(case, dtype, seed)
+                cu = None if case[8] is None else torch.tensor(case[8], device=DEVICE)
+                exact = [None if t is None else t.double() for t in arguments]
+                single = case[8] is None and case[-1]
+                with zoo.kernel_backend('torch'):
+                    expected = run(exact, [g.double() for g in grads], cu)
+                    expected |= steps(exact) if single else {}
+                limits = {n: gate if n in ('ddt', 'dA') else plain for n in expected}
+
+                def both(arguments=arguments, grads=grads, cu=cu, single=single) -> dict[str, Tensor]:
+                    with zoo.kernel_backend('triton'), torch.no_grad():
+                        stepped = steps(arguments) if single else {}
+                        with torch.enable_grad():
+                            return run(arguments, grads, cu) | stepped
+
+                good, errors = verdict(both, expected, limits, (dtype, case, seed))
+                bad += not good
+                for name, error in errors.items():
+                    worst[name] = max(worst.get(name, 0.0), error)
+        say(what='ssd', dtype=str(dtype)[6:], cases=len(CASES[shard[0] :: shard[1]]), seeds=len(seeds), worst=worst)
+    return bad
+
+
+if __name__ == '__main__':
+    main(check)
