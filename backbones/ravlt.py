@@ -261,7 +261,7 @@ class RAVLT(PyramidMixin, nn.Module):
         num_heads: attention heads of the stages.
         mixers: `linear` (RALA) or `softmax` for each stage.
         mlp_ratio: hidden channels of the FFN over channels.
-        layer_scale: initial layer scale of each stage; None for no layer scale.
+        layer_scale: initial layer scale of each stage; empty for no layer scale.
         head_width: channels of the 1 x 1 convolution before pooling.
         stem_stride: 4 as published; 2 or 1 for small images, with the same parameters.
         drop_rate: dropout before the head.
@@ -280,7 +280,7 @@ class RAVLT(PyramidMixin, nn.Module):
         num_heads: tuple[int, ...] = (1, 2, 4, 8),
         mixers: tuple[str, ...] = ('linear', 'linear', 'softmax', 'softmax'),
         mlp_ratio: float = 3.5,
-        layer_scale: tuple[float, ...] | None = (1.0, 1.0, 1.0, 1.0),
+        layer_scale: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0),
         head_width: int = 1024,
         stem_stride: int = 4,
         drop_rate: float = 0.0,

@@ -200,7 +200,10 @@ def add_pos_embed(x: Tensor, pos_embed: Tensor, grid: tuple[int, int]) -> Tensor
     # Exported programs always resample: a size that is only known at run time cannot choose.
     if _dispatch.exporting() or tuple(x.shape[1:3]) != tuple(grid):
         table = F.interpolate(
-            table.float().permute(0, 3, 1, 2), size=x.shape[1:3], mode='bicubic', align_corners=False
+            table.to(torch.promote_types(table.dtype, torch.float32)).permute(0, 3, 1, 2),
+            size=x.shape[1:3],
+            mode='bicubic',
+            align_corners=False,
         ).permute(0, 2, 3, 1)
     return x + table.to(x.dtype)
 

@@ -13,7 +13,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
 _PLAIN = (Tensor, Parameter)
@@ -66,15 +65,16 @@ class Op:
                 setup(ctx, args, output)
                 return output
 
-            parts = dict(forward=forward_and_setup, backward=once_differentiable(backward))
+            parts = dict(forward=forward_and_setup, backward=backward)
             parts = {key: staticmethod(value) for key, value in parts.items()}
             self._function = type(name.split('::')[1], (torch.autograd.Function,), parts).apply
 
     def __call__(self, *args):
         if not plain_eager(args[0]):
             return self.custom(*args)
-        if self._function is not None and torch.is_grad_enabled():
+        if torch.is_grad_enabled():
             for arg in args:
                 if isinstance(arg, Tensor) and arg.requires_grad:
-                    return self._function(*args)
+                    # A backward pass that is itself recorded: the custom op refuses to be differentiated.
+                    return self.custom(*args) if self._function is None else self._function(*args)
         return self._forward(*args)

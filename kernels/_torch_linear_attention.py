@@ -56,12 +56,27 @@ def linear_attention_bwd(q, k, v, kv, mean, do, eps: float) -> tuple[Tensor, Ten
 
 
 def _positive(x: Tensor) -> Tensor:
-    return F.elu(_heads_first(x)) + 1
+    return F.elu(_heads_first(x).contiguous()).add_(1)  # elu of a strided view is several times slower than the copy
+
+
+def _rotation(height: int, width: int, like: Tensor):
+    """A function of (x, direction) that turns the pairs of x (B, H, T, D), back for direction -1."""
+    cos, sin = axial_rope_tables(height, width, like.shape[-1], device=like.device)
+    if torch.compiler.is_exporting():  # exchange formats have no complex numbers
+        return lambda x, direction=1: apply_rope(x, cos, sin * direction)
+    turn = torch.complex(cos[:, ::2].to(like.dtype), sin[:, ::2].to(like.dtype))
+
+    def rotate(x: Tensor, direction: int = 1) -> Tensor:
+        pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * (turn if direction == 1 else turn.conj())).flatten(-2)
+
+    return rotate
 
 
 def _modulated(r: Tensor, lepe: Tensor | None, gate: Tensor | None) -> Tensor:
-    r = r if lepe is None else r + lepe
-    return r if gate is None else r * gate
+    """(r + lepe) * gate in r's memory."""
+    r = r if lepe is None else r.add_(lepe)
+    return r if gate is None else r.mul_(gate)
 
 
 def rank_augmented_fwd(q, k, v, lepe, gate, height: int, width: int, eps: float) -> tuple[Tensor, ...]:
@@ -70,14 +85,14 @@ def rank_augmented_fwd(q, k, v, lepe, gate, height: int, width: int, eps: float)
     """
     with torch.autocast(q.device.type, enabled=False):
         qs, ks, vs = _positive(q), _positive(k), _heads_first(v)
-        cos, sin = axial_rope_tables(height, width, q.shape[-1], device=q.device)
+        rotate = _rotation(height, width, qs)
         qbar = qs.mean(2)
         logits = (ks @ qbar.unsqueeze(-1)) * q.shape[-1] ** -0.5  # (B, H, T, 1)
         norm = logits.logsumexp(2, keepdim=True)
         weights = (logits - norm).exp()
-        key = (ks * weights).sum(2)
-        kv = _outer(apply_rope(ks, cos, sin) * weights, vs)
-        r = (apply_rope(qs, cos, sin) @ kv) / (qs @ key.unsqueeze(-1) + eps)
+        weighted = ks * weights
+        key, kv = weighted.sum(2), _outer(rotate(weighted), vs)
+        r = (rotate(qs) @ kv) / (qs @ key.unsqueeze(-1) + eps)
         y = _modulated(r.transpose(1, 2), lepe, gate).to(v.dtype).contiguous()
         return y, kv, key, qbar, norm.flatten(1)
 
@@ -86,9 +101,9 @@ def rank_augmented_bwd(q, k, v, lepe, gate, kv, key, qbar, norm, dy, height: int
     """Gradients dq, dk, dv, dlepe (or None), dgate (or None); `kv` to `norm` are those of the forward pass."""
     with torch.autocast(q.device.type, enabled=False):
         qs, ks, vs = _positive(q), _positive(k), _heads_first(v)
-        cos, sin = axial_rope_tables(height, width, q.shape[-1], device=q.device)
+        rotate = _rotation(height, width, qs)
         scale, row = q.shape[-1] ** -0.5, lambda x: x.unsqueeze(-2)
-        turned_q, turned_k = apply_rope(qs, cos, sin), apply_rope(ks, cos, sin)
+        turned_q = rotate(qs)
         inverse = (qs @ key.unsqueeze(-1) + eps).reciprocal()
         r = (turned_q @ kv) * inverse
         dr, dgate = _heads_first(dy), None
@@ -100,19 +115,14 @@ def rank_augmented_bwd(q, k, v, lepe, gate, kv, key, qbar, norm, dy, height: int
         dkv, dkey = _outer(turned_q, g), (qs * u).sum(2)
         # keys: the log weights' gradient needs the mean of the weights' gradients, which both states give
         weights = (ks @ qbar.unsqueeze(-1) * scale - norm[..., None, None]).exp()
-        dk = apply_rope(vs @ dkv.mT, cos, -sin) + row(dkey)
+        dk = rotate(vs @ dkv.mT, -1).add_(row(dkey))
         mean = (dkv * kv).sum((-2, -1)) + (dkey * key).sum(-1)
         dlogits = weights * ((ks * dk).sum(-1, keepdim=True) - mean[..., None, None]) * scale
         dk = (dk * weights + dlogits * row(qbar)) * ks.clamp_max(1)  # elu'(x) = min(elu(x) + 1, 1)
-        dv = (turned_k * weights) @ dkv
+        dv = rotate(ks * weights) @ dkv
         dqbar = (ks * dlogits).sum(2) / max(q.shape[1], 1)
-        dq = (apply_rope(g @ kv.mT, cos, -sin) + u * row(key) + row(dqbar)) * qs.clamp_max(1)
-        # without a gate dr is dy itself, which an op must not return
-        dlepe = (
-            None
-            if lepe is None
-            else dy.clone(memory_format=torch.contiguous_format)
-            if gate is None
-            else _tokens_first(dr, lepe)
-        )
+        dq = (rotate(g @ kv.mT, -1) + u * row(key) + row(dqbar)) * qs.clamp_max(1)
+        if gate is None:  # dr is a view of dy, which an op must not return
+            dr = dr.clone()
+        dlepe = None if lepe is None else _tokens_first(dr, lepe)
         return _tokens_first(dq, q), _tokens_first(dk, k), _tokens_first(dv, v), dlepe, dgate

@@ -135,8 +135,8 @@ def _grid_shape(length: int) -> tuple[int, int]:
 def _grid(x: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
     """(B, G D, T) to (B, outer, inner, G, D), zeros behind the end."""
     outer, inner = _grid_shape(x.shape[-1])
-    x = F.pad(x.to(dtype), (0, outer * inner - x.shape[-1]))
-    return x.transpose(1, 2).contiguous().view(x.shape[0], outer, inner, groups, -1)
+    x = F.pad(x.to(dtype), (0, outer * inner - x.shape[-1])).transpose(1, 2).contiguous()
+    return x.view(x.shape[0], outer, inner, groups, x.shape[2] // groups)
 
 
 def _from_grid(x: Tensor, length: int) -> Tensor:

@@ -115,7 +115,7 @@ class _Chunks:
     """The arguments in chunks, and their decays.
 
     Shapes: x (B, G, L, C, R P); B, C (B, G, L, C, N); dt (B, G, L, C, R); reach = exp(c_i) and rest = exp(c_C - c_j)
-    like dt; log_total (B, G, L, R); pair (B, G, L, R, C, C) = exp(c_i - c_j) at and below the diagonal, 0 above it.
+    like dt; log_total (B, G, L, R); pair (B, G, R, L, C, C) = exp(c_i - c_j) at and below the diagonal, 0 above it.
     """
 
     def __init__(self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, layout: tuple[int, int]):
@@ -125,7 +125,7 @@ class _Chunks:
         self.layout = layout
         self.x, self.dt = self.cut(x.flatten(2)), self.cut(dt)
         B, C = (t if t.shape[2] == self.groups else t.repeat_interleave(self.groups // t.shape[2], 2) for t in (B, C))
-        self.B, self.C = (_chunked(t, *layout, self.dtype) for t in (B, C))
+        self.B, self.C = self.cut(B.flatten(2)), self.cut(C.flatten(2))
         self.A = A.to(self.dtype).view(self.groups, 1, 1, self.heads)
         log = (self.dt * self.A).clamp(min=_LEAST)
         coarse = (log / _GRID).round() * _GRID
@@ -133,13 +133,13 @@ class _Chunks:
         self.reach = (sums[0] + sums[1]).exp()
         self.rest = sum(s[..., -1:, :] - s for s in sums).exp()
         self.log_total = log.sum(-2)
-        rows = [s.transpose(-1, -2) for s in sums]
+        rows = [s.movedim(-1, 2) for s in sums]
         gaps = sum(s.unsqueeze(-1) - s.unsqueeze(-2) for s in rows)
         self.lower = torch.ones(gaps.shape[-2:], dtype=torch.bool, device=x.device).tril()
         self.pair = torch.where(self.lower, gaps, float('-inf')).exp()
 
     def cut(self, x: Tensor) -> Tensor:
-        """(B, T, G X) to (B, G, L, C, X)."""
+        """(B, T, G X) to (B, G, L, C, X) in the compute dtype; padding tokens are zero."""
         return _chunked(x.unflatten(-1, (self.groups, -1)), *self.layout, self.dtype)
 
     def scaled(self, x: Tensor, factor: Tensor) -> Tensor:
@@ -147,20 +147,20 @@ class _Chunks:
         return (x.unflatten(-1, (self.heads, -1)) * factor.unsqueeze(-1)).flatten(-2)
 
     def by_head(self, x: Tensor) -> Tensor:
-        """(B, G, L, C, R P) to (B, G, L, R, C, P)."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(-2, -3)
+        """(B, G, L, C, R P) to (B, G, R, L, C, P)."""
+        return x.unflatten(-1, (self.heads, -1)).movedim(-2, 2)
 
     def side_by_side(self, x: Tensor) -> Tensor:
         """The inverse of `by_head`."""
-        return x.transpose(-2, -3).flatten(-2)
+        return x.movedim(2, -2).flatten(-2)
 
     def per_head(self, x: Tensor) -> Tensor:
         """Sum over P: (..., C, R P) to (..., C, R)."""
         return x.unflatten(-1, (self.heads, -1)).sum(-1)
 
     def column_dt(self) -> Tensor:
-        """dt_j as a factor of C x C matrices: (B, G, L, R, 1, C)."""
-        return self.dt.transpose(-1, -2).unsqueeze(-2)
+        """dt_j as a factor of C x C matrices: (B, G, R, L, 1, C)."""
+        return self.dt.movedim(-1, 2).unsqueeze(-2)
 
     def written(self) -> Tensor:
         """What each chunk adds to the state: (B, G, L, R P, N)."""
@@ -214,7 +214,7 @@ def _forward(x, dt, A, B, C, D, initial_state, matrix_layout=None) -> tuple[Tens
         states, final = _states_by_loop(c.written(), c.direction(), initial)
     else:
         states, final = _states_by_matrix(c.written(), c, initial)
-    weights = (c.C @ c.B.mT).unsqueeze(3) * c.pair * c.column_dt()
+    weights = (c.C @ c.B.mT).unsqueeze(2) * c.pair * c.column_dt()
     y = c.side_by_side(weights @ c.by_head(c.x))
     if initial_state is not None or matrix_layout is not None or states.shape[2] > 1:
         y = y + c.scaled(c.C @ states.mT, c.reach)
@@ -238,18 +238,18 @@ def _backward(x, dt, A, B, C, D, initial_state, dy, dfinal):
     read = c.scaled(dyc, c.reach)
     _, dstates, dinitial = _state_adjoints(read.mT @ c.C, c.direction(), _grouped_state(dfinal, c.groups))
 
-    scores = (c.C @ c.B.mT).unsqueeze(3) * c.pair  # of values scaled by dt
+    scores = (c.C @ c.B.mT).unsqueeze(2) * c.pair  # of values scaled by dt
     dvalues_read = c.scaled(c.B @ dstates.mT, c.rest)
     dvalues = dvalues_read + c.side_by_side(scores.mT @ c.by_head(dyc))
     dweights = c.by_head(dyc) @ c.by_head(c.x).mT
-    dscores = (dweights * c.pair * c.column_dt()).sum(3)
+    dscores = (dweights * c.pair * c.column_dt()).sum(2)
     dC = dscores @ c.B + read @ states
     dB = dscores.mT @ c.C + c.scaled(c.x, c.rest * c.dt) @ dstates
 
     # The log decay of token t acts on the pairs j < t <= i, on reads from t on and on writes before t. The pairs are
     # summed without the others, which would have to cancel.
     lower = c.lower.to(c.dtype)
-    pairs = (lower.mT @ (dweights * scores * c.column_dt())).tril_(-1).sum(-1).transpose(-1, -2)
+    pairs = (lower.mT @ (dweights * scores * c.column_dt())).tril_(-1).sum(-1).movedim(2, -1)
     reads = c.per_head(read * (c.C @ states.mT))
     writes = c.dt * c.per_head(c.x * dvalues_read)
     held = c.log_total.exp() * (states * dstates).unflatten(3, (c.heads, -1)).sum((-1, -2))

@@ -184,7 +184,9 @@ def log_gates(r: Tensor, weight: Tensor, bias: Tensor, normalizer: float = 16.0)
         return naive_log_gates(r, weight, bias, normalizer)
     if r.shape[-1] <= 64 and _dispatch.takes_triton('mix', r):
         return _gates_op(r, weight, bias, float(normalizer))
-    return tuple((F.logsigmoid(F.linear(r, weight, bias)) / normalizer).chunk(2, -1))
+    wide = _wide(r)
+    z = F.linear(r.to(wide), weight.to(wide), bias.to(wide)).to(wide)
+    return tuple((F.logsigmoid(z) / normalizer).to(r.dtype).chunk(2, -1))
 
 
 def gated_local_mix(

@@ -103,14 +103,9 @@ def _backward(
 
 
 def _backward_fake(stream, x, gamma, sample_scale, weight, bias, dy, dstream, eps, center, has_residual, dtype):
-    nothing = stream.new_empty(0)
-    return (
-        stream.new_empty(stream.shape, dtype=dtype),
-        stream.new_empty(stream.shape) if has_residual else nothing,
-        nothing if gamma is None else gamma.new_empty(gamma.shape),
-        weight.new_empty(weight.shape),
-        nothing if bias is None else bias.new_empty(bias.shape),
-    )
+    likes = (stream if has_residual else None, gamma, weight, bias)
+    grads = (stream.new_empty(0, dtype=dtype) if like is None else like.new_empty(like.shape) for like in likes)
+    return stream.new_empty(stream.shape, dtype=dtype), *grads
 
 
 _backward_op = Op('zoo::norm_backward', _backward, _backward_fake)

@@ -64,7 +64,9 @@ TWO_STEPS = [pytest.param(p, marks=[pytest.mark.slow] * (p.stem in TWINS)) for p
 def test_takes_two_steps(path, images, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     config = yaml.safe_load(path.read_text())
-    big = 'base' in path.stem or 'hier' in path.stem  # a gigabyte of optimizer state: not worth writing here
+    big = any(
+        word in path.stem for word in ('base', 'hier', 'ravlt')
+    )  # a gigabyte of optimizer state: not worth writing here
     overrides = ['--trainer.max_steps=2', '--trainer.limit_val_batches=1', '--run.test_after_fit=false']
     overrides += [
         '--trainer.accelerator=cpu',
@@ -86,12 +88,26 @@ def test_takes_two_steps(path, images, tmp_path, monkeypatch, capsys):
             '--model.distill.size=32',
         ]
     overrides += ['--trainer.enable_checkpointing=false'] if big else []
+    if path.stem in ('ravlt_base', 'ravlt_large'):  # deeper than what the small ones show
+        overrides += ['--model.net_kwargs={drop_path_rate: 0.4, depths: [1, 1, 1, 1]}']
     assert main(['fit', f'--config={path}', *overrides]) == 0, capsys.readouterr().err
     run = tmp_path / 'runs' / path.stem
     assert (run / 'checkpoints' / 'last.ckpt').is_file() or big
     saved = yaml.safe_load((run / 'config.yaml').read_text())
     assert saved['trainer']['max_steps'] == 2
     assert saved['model']['init_args']['optim']['weight_decay'] == config['model']['init_args']['optim']['weight_decay']
+
+
+def test_cifar10_is_one_recipe():
+    """Networks are compared, so nothing else may differ: not even the seed."""
+    recipes = []
+    for path in sorted((ROOT / 'cifar10').glob('*.yaml')):
+        config = yaml.safe_load(path.read_text())
+        assert config['run'].pop('name') == path.stem
+        for own in ('net', 'net_kwargs', 'channels_last'):
+            config['model']['init_args'].pop(own)
+        recipes.append(config)
+    assert len(recipes) >= 7 and all(recipe == recipes[0] for recipe in recipes)
 
 
 @pytest.mark.parametrize('path', sorted((ROOT / 'classify').glob('*.yaml')), ids=lambda p: p.stem)

@@ -230,9 +230,9 @@ def test_errors_name_the_argument():
 @pytest.mark.parametrize('gate', GATES)
 def test_opcheck(gate):
     q, k, v, g, b = leaves(make_inputs(2, 20, 2, 8, 8, gate))
-    torch.library.opcheck(gla._bidirectional_op, (q, k, v, g, b, 0.3, None))
+    torch.library.opcheck(gla._bidirectional_op.custom, (q, k, v, g, b, 0.3, None))
     state = torch.randn(2, 2, 8, 8, requires_grad=True)
-    torch.library.opcheck(gla._gla_op, (q, k, v, g, 0.3, state, True, False, None))
+    torch.library.opcheck(gla._gla_op.custom, (q, k, v, g, 0.3, state, True, False, None))
 
 
 def test_autocast_does_not_reach_inside():

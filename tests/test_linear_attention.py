@@ -66,9 +66,9 @@ def short_parts(monkeypatch):
             monkeypatch.setattr(_dispatch.triton_module(family), 'cut', short_cut)
 
 
-def short_cut(tokens, heads, tile, device):
+def short_cut(tokens, heads, options, device):
     parts = max(1, min(2, tokens // 64))
-    per = -(-tokens // parts // tile) * tile
+    per = -(-tokens // parts // options.bt) * options.bt
     return -(-tokens // per), per
 
 

@@ -60,6 +60,7 @@ def test_fit_leaves_everything_behind(run):
         rows = list(csv.DictReader(file))
     assert [r['step'] for r in rows if r['train/loss_step']] == ['0', '1', '2', '3']
     assert {'val/top1', 'val/top5', 'val/loss', 'val/raw_top1', 'test/top1', 'lr'} <= set(rows[0])
+    assert all(float(r['train/images_per_s']) > 0 for r in rows if r['train/loss_epoch'])
     with open(folder / 'report' / 'per_class.csv', newline='') as file:
         assert sum(int(r['images']) for r in csv.DictReader(file)) == 360
 

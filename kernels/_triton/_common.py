@@ -81,6 +81,7 @@ def interpreting() -> bool:
     return bool(knobs.runtime.interpret)
 
 
+@functools.cache
 def compute_types(dtype: torch.dtype) -> tuple[tl.dtype, str]:
     """Operand type and precision of the matrix products for inputs of `dtype`.
 
@@ -190,7 +191,7 @@ def launch(
             ends |= x.data_ptr()
             types.append(x.dtype)
     values = tuple(consts.values())
-    key = (kernel, device, ends % 16, warps, stages, registers, values, *types)
+    key = (kernel.fn, device, ends % 16, warps, stages, registers, values, *types)
     found = _launched.get(key)
     if found is not None:
         found[grid](*tensors, *sizes, *values)

@@ -1,18 +1,19 @@
 """Depthwise 2D convolution of channels-last maps on GPUs, forward and backward.
 
-One program makes R rows of BN column groups by BC channels; a group is M neighbouring columns of one image, and groups
-are numbered through the whole batch, so that a width that is no power of two wastes nothing. Each thread owns a few
-neighbouring channels of one group and keeps its R x M sums in registers. Inputs come column by column: a column of
-R + k - 1 values serves every output of the group that it reaches, and the other reads of the same value, by the
-neighbouring groups, hit the first-level cache. All loads stand before all stores, so many are under way at once.
+A group is M neighbouring columns of one image; groups are numbered through the whole batch, so that a width that is no
+power of two wastes nothing. A program takes BN groups by BC channels, each thread a few neighbouring channels of one
+group, and walks down R rows. A row is read once per thread, M + k - 1 values, and goes into the k x M sums that it
+reaches, which stay in registers with the weight; then the oldest M sums are done. The reads that neighbouring groups
+share hit the first-level cache. The rows after it are under way already: nothing else hides the latency of memory.
 
 The backward pass needs the gradient g of the convolution's result: dy itself, or with an activation dy * act'(z), which
 a forward pass with recomputed z writes. One kernel then reads g once for both gradients,
 
     du[h, w] = sum_ij weight[i, j] g[h - i + p, w - j + p]        dweight[i, j] = sum_hw u[h, w] g[h - i + p, w - j + p]
 
-because both use the same shifts of g and no shift of u. Its programs keep their share of the weight's gradient in
-registers over many tiles; a last kernel adds the shares up in a fixed order.
+because both use the same shifts of g and no shift of u: a row of g meets the k rows of u and of du that it reaches. Its
+programs keep their share of the weight's gradient in registers over many tiles; a last kernel adds the shares up in a
+fixed order.
 """
 
 from __future__ import annotations
@@ -312,9 +313,9 @@ class Config(NamedTuple):
 
 
 # By kernel size. Wide groups where every value that is read goes through an activation first.
-FORWARD = {1: Config(2, 4, 2), 3: Config(2, 4, 2), 5: Config(2, 2, 1), 7: Config(2, 1, 1)}
+FORWARD = {1: Config(2, 4, 2), 3: Config(4, 2, 2, 96), 5: Config(2, 2, 2, 128), 7: Config(4, 1, 1)}
 FORWARD_GELU = {1: Config(4, 2, 1), 3: Config(4, 2, 1), 5: Config(4, 1, 1), 7: Config(2, 1, 1)}
-BACKWARD = {1: Config(2, 2, 1), 3: Config(2, 2, 1), 5: Config(2, 1, 1), 7: Config(1, 1, 1, 168)}
+BACKWARD = {1: Config(2, 2, 1), 3: Config(2, 2, 2, 128), 5: Config(2, 1, 1, 128), 7: Config(1, 1, 1, 168)}
 
 
 def block(C: int) -> int:
@@ -375,6 +376,8 @@ def _out(x, taps, bias, dy, residual, activation, pre_activation, dtype, K):
     B, H, W, C = x.shape
     out = torch.empty(B, H, W, C, dtype=dtype, device=x.device)
     cfg = (FORWARD if pre_activation is None else FORWARD_GELU)[K]
+    if dy is not None:
+        cfg = cfg._replace(registers=None)  # one more map to read
     unit = _unit(x) if dy is None else _unit(x, dy)
     tiles = cut(x, cfg, unit)
     consts = dict(

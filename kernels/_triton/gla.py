@@ -179,7 +179,7 @@ def _plan(q, k, v, gf, gb, do, init, dinit, cu_seqlens, dirs, final) -> Plan:
 
 def _launch(kernel, code: tuple, grid: tuple, args: list, consts: dict, options: dict, run: bool = True) -> None:
     """Run a kernel, or only compile it; from the second time on past Triton's own look-up, most of a launch's time."""
-    found = None if interpreting() else _compiled.get(code)
+    found = _compiled.get(code)  # never there in the interpreter
     if found is None:
         used = {n: consts[n] for n in kernel.arg_names[len(args) :]}
         if interpreting():
@@ -260,7 +260,7 @@ class _Run:
             code = (name, safe, self.code)
             group = SAFE_GROUP if safe else plan.cfg.group
             consts = {}
-            if interpreting() or code not in _compiled:
+            if code not in _compiled:
                 consts = plan.consts | {'SAFE': safe, 'GROUP': group, 'STAGES': 1 if safe else plan.cfg.ahead}
                 consts |= plan.parts(safe)
             size = grid if grid else (ceil_div(plan.n_chunks, group) * plan.H, 1, 1)
@@ -268,14 +268,9 @@ class _Run:
             _launch(kernel, code, size, args, consts, options)
 
 
-_empty: dict[torch.device, torch.Tensor] = {}
-
-
 def _nothing(device: torch.device) -> torch.Tensor:
-    """A tensor that stands where none is needed."""
-    if device not in _empty:
-        _empty[device] = torch.zeros(16, dtype=torch.float32, device=device)
-    return _empty[device]
+    """A tensor that stands where none is needed; not kept, since CUDA graphs own what is allocated under them."""
+    return torch.empty(16, dtype=torch.float32, device=device)
 
 
 def _on_device_of_first(function):

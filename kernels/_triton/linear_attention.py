@@ -40,26 +40,27 @@ SIZES = ['T', 'per', 'H', 'parts', 'singles', 'eps', 'share'] + [
 
 
 class Options(NamedTuple):
-    """Of one kernel: tokens in a tile, warps, stages of its loop."""
+    """Of one kernel: tokens in a tile, warps, stages of its loop, programs per multiprocessor to cut the sums into."""
 
     bt: int
     warps: int
     stages: int
+    fill: int = 4
+
+    @property
+    def launch(self) -> tuple[int, int]:
+        return self.warps, self.stages
 
 
 class Config(NamedTuple):
-    """bk: K padded; bv: a block of V; nv: their number; sums, reads: of the two kinds of kernels."""
+    """bk: K padded; bv: a block of V; nv: their number; options of kernels that sum, read the sums, do a whole head."""
 
     bk: int
     bv: int
     nv: int
     sums: Options
     reads: Options
-
-    @property
-    def fused(self) -> bool:
-        """Whether one program may do a whole head: small states only, it holds the registers of both kernels."""
-        return max(self.bk, self.bv) <= 64
+    head: Options | None = None
 
 
 def config(dtype: torch.dtype, K: int, V: int, backward: bool) -> Config:
@@ -68,16 +69,16 @@ def config(dtype: torch.dtype, K: int, V: int, backward: bool) -> Config:
     wide = max(bk, bv)
     if dtype != torch.bfloat16:
         bv = bv if wide <= 64 else min(bv, 32)
-        bt = 16 if wide > 64 or (backward and dtype == torch.float32) else 32
-        options = Options(bt, 4 if wide <= 64 else 8, 2)
-        return Config(bk, bv, ceil_div(V, bv), options, options)
+        options = Options(16 if wide > 64 or (backward and dtype == torch.float32) else 32, 4 if wide <= 64 else 8, 2)
+        return Config(bk, bv, ceil_div(V, bv), options, options, options if wide <= 64 else None)
     if wide <= 64:
-        return Config(bk, bv, 1, Options(64, 4, 3), Options(64, 4, 3))
+        return Config(bk, bv, 1, Options(64, 4, 3), Options(64, 4, 3), Options(32, 4, 3))
     if wide <= 128 and not backward:
         return Config(bk, bv, 1, Options(32, 8, 3), Options(64, 4, 2))
     bv = min(bv, 64)
-    options = Options(32, 4 if wide <= 128 else 8, 2)
-    return Config(bk, bv, ceil_div(V, bv), options, options)
+    if wide <= 128:
+        return Config(bk, bv, ceil_div(V, bv), Options(16, 4, 2), Options(32, 4, 2))
+    return Config(bk, bv, ceil_div(V, bv), Options(32, 8, 2), Options(32, 8, 2))
 
 
 def sum_types(dtype: torch.dtype) -> tuple[tl.dtype, str]:
@@ -361,10 +362,11 @@ def strides(unit: int, *tensors: torch.Tensor) -> list[int]:
     return [s // unit for x in tensors for s in x.stride()[:3]]
 
 
-def cut(tokens: int, heads: int, tile: int, device: torch.device) -> tuple[int, int]:
-    """Number of parts of the token axis and tokens in each, so that the programs fill the device once."""
-    parts = max(1, min(programs(device) // heads, tokens // FEWEST))
-    per = ceil_div(ceil_div(tokens, parts), tile) * tile
+def cut(tokens: int, heads: int, options: Options, device: torch.device) -> tuple[int, int]:
+    """Number of parts of the token axis and tokens in each, so that the programs fill the device."""
+    wanted = programs(device) // 4 * options.fill
+    parts = max(1, min((wanted + heads // 2) // heads, tokens // FEWEST))
+    per = ceil_div(ceil_div(tokens, parts), options.bt) * options.bt
     return ceil_div(tokens, per), per
 
 
@@ -397,27 +399,25 @@ def linear_attention_fwd(q, k, v, eps: float, keep: bool):
     unit = alignment(q, k, v)
     (st, sprec), (ct, prec) = sum_types(q.dtype), compute_types(q.dtype)
     blocks = lambda bt: {'K': K, 'V': V, 'BT': bt, 'BK': cfg.bk, 'BV': cfg.bv, 'A': unit}  # noqa: E731
-    parts, per = cut(T, B * H * cfg.nv, cfg.sums.bt, device)
+    parts, per = cut(T, B * H * cfg.nv, cfg.sums, device)
     o = torch.empty((B, T, H, V), dtype=q.dtype, device=device)
     fp32 = dict(dtype=torch.float32, device=device)
-    fused = parts == 1 and cfg.fused
+    fused = parts == 1 and cfg.head is not None
     kv, mean = (torch.empty(shape if keep or not fused else 0, **fp32) for shape in ((B, H, K, V), (B, H, K)))
     if fused:
-        bt, warps, stages = cfg.sums
-        consts = blocks(bt) | {'ST': st, 'SPREC': sprec, 'CT': ct, 'PREC': prec, 'KEEP': keep}
+        consts = blocks(cfg.head.bt) | {'ST': st, 'SPREC': sprec, 'CT': ct, 'PREC': prec, 'KEEP': keep}
         sizes = (T, H, 1 / T, eps, *strides(unit, q, k, v))
-        launch(la_fwd_kernel_head, (1, B * H, cfg.nv), (q, k, v, o, kv, mean), sizes, consts, warps, stages)
+        launch(la_fwd_kernel_head, (1, B * H, cfg.nv), (q, k, v, o, kv, mean), sizes, consts, *cfg.head.launch)
         return o, kv, mean
     parts_kv, parts_mean = sums_of_parts(parts, kv, mean)
-    bt, warps, stages = cfg.sums
     sizes = (T, per, H, 1 / T if parts == 1 else 1.0, *strides(unit, k, v))
     launch(la_fwd_kernel_sums, (parts, B * H, cfg.nv), (k, v, parts_kv, parts_mean), sizes,
-           blocks(bt) | {'CT': st, 'PREC': sprec}, warps, stages)  # fmt: skip
+           blocks(cfg.sums.bt) | {'CT': st, 'PREC': sprec}, *cfg.sums.launch)  # fmt: skip
     merge(parts_kv, parts_mean, kv, mean, parts, 1 / T)
-    bt, warps, stages = cfg.reads
-    per = span(T, B * H, bt, device)
+    per = span(T, B * H, cfg.reads.bt, device)
     launch(la_fwd_kernel_out, (ceil_div(T, per), B * H, cfg.nv), (q, o, kv, mean),
-           (T, per, H, eps, *strides(unit, q)), blocks(bt) | {'CT': ct, 'PREC': prec}, warps, stages)  # fmt: skip
+           (T, per, H, eps, *strides(unit, q)), blocks(cfg.reads.bt) | {'CT': ct, 'PREC': prec},
+           *cfg.reads.launch)  # fmt: skip
     return (o, kv, mean) if keep else (o, kv.new_empty(0), kv.new_empty(0))
 
 
@@ -432,22 +432,20 @@ def linear_attention_bwd(q, k, v, kv, mean, do, eps: float):
     blocks = lambda bt, more: (  # noqa: E731
         {'K': K, 'V': V, 'BT': bt, 'BK': cfg.bk, 'BV': cfg.bv} | more | {'A': unit, 'CT': ct, 'PREC': prec}
     )
-    parts, per = cut(T, B * H * cfg.nv, cfg.sums.bt, device)
+    parts, per = cut(T, B * H * cfg.nv, cfg.sums, device)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (q, k, v))
-    bt, warps, stages = cfg.sums
-    if parts == 1 and cfg.fused:
+    if parts == 1 and cfg.head is not None:
         sizes = (T, H, 1 / T, eps, *strides(unit, q, k, v, do))
         tensors = (q, k, v, do, dq, dk, dv, kv, mean)
-        launch(la_bwd_kernel_head, (1, B * H, 1), tensors, sizes, blocks(bt, {}), warps, stages)
+        launch(la_bwd_kernel_head, (1, B * H, 1), tensors, sizes, blocks(cfg.head.bt, {}), *cfg.head.launch)
         return dq, dk, dv
     dkv, dmean = torch.empty_like(kv), torch.empty_like(mean)
     parts_kv, parts_mean = sums_of_parts(parts, dkv, dmean)
     sizes = (T, per, H, 1 / T if parts == 1 else 1.0, eps, *strides(unit, q, do))
     launch(la_bwd_kernel_queries, (parts, B * H, cfg.nv), (q, do, dq, kv, mean, parts_kv, parts_mean), sizes,
-           blocks(bt, many), warps, stages)  # fmt: skip
+           blocks(cfg.sums.bt, many), *cfg.sums.launch)  # fmt: skip
     merge(parts_kv, parts_mean, dkv, dmean, parts, 1 / T)
-    bt, warps, stages = cfg.reads
-    per = span(T, B * H, bt, device)
+    per = span(T, B * H, cfg.reads.bt, device)
     launch(la_bwd_kernel_keys, (ceil_div(T, per), B * H, 1), (k, v, dk, dv, dkv, dmean),
-           (T, per, H, *strides(unit, k, v)), blocks(bt, many), warps, stages)  # fmt: skip
+           (T, per, H, *strides(unit, k, v)), blocks(cfg.reads.bt, many), *cfg.reads.launch)  # fmt: skip
     return dq, dk, dv

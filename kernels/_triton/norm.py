@@ -123,7 +123,6 @@ def norm_bwd(stream, x, gamma, sample, weight, bias, dy, dstream, eps, center, h
     """Gradients of x (in `dtype`), residual, gamma, weight and bias; empty where there is no such argument."""
     N, per_sample, C, BC, BN = _sizes(stream, sample, _TILE // 2)
     device = stream.device
-    nothing = torch.empty(0, dtype=stream.dtype, device=device)
     dx = torch.empty(stream.shape, dtype=dtype, device=device)
     dresidual = torch.empty(stream.shape, dtype=stream.dtype, device=device) if has_residual else None
     stream, SS = token_rows(stream)
@@ -134,10 +133,6 @@ def norm_bwd(stream, x, gamma, sample, weight, bias, dy, dstream, eps, center, h
     consts = {'SS': SS, 'SX': SX, 'C': C, 'BC': BC, 'BN': BN, 'CENTER': center, 'BIAS': bias is not None}
     tensors = (stream, x, gamma, sample, weight, dy.contiguous(), dstream, dresidual, dx, partial)
     launch(norm_bwd_kernel, (count, 1, 1), tensors, (N, per_sample, count * BN, eps), consts)
-    return (
-        dx,
-        nothing if dresidual is None else dresidual,
-        nothing if gamma is None else partial[2].sum(0).to(gamma.dtype),
-        partial[0].sum(0).to(weight.dtype),
-        nothing if bias is None else partial[1].sum(0).to(bias.dtype),
-    )
+    grads = [dresidual, None if gamma is None else partial[2].sum(0).to(gamma.dtype)]
+    grads += [partial[0].sum(0).to(weight.dtype), None if bias is None else partial[1].sum(0).to(bias.dtype)]
+    return dx, *(torch.empty(0, dtype=dtype, device=device) if g is None else g for g in grads)

@@ -58,15 +58,15 @@ def config(dtype: torch.dtype, D: int, backward: bool) -> Config:
     """The fixed table of block sizes; every row has a case in tests/gpu/check_linear_attention.py."""
     bk = next_power(D)
     if dtype != torch.bfloat16:
-        bv = min(bk, 64 if bk <= 64 else 32)
+        bv = bk if bk <= 64 else 32
         options = Options(16 if backward or bk > 64 else 32, 4 if bk <= 64 else 8, 2)
         return Config(bk, bv, ceil_div(D, bv), options, options)
     if bk <= 64:
-        bt = 32 if backward else 64
-        return Config(bk, bk, 1, Options(bt, 4, 3), Options(bt, 4, 3))
+        reads = Options(32 if backward else 64, 4, 3)
+        return Config(bk, bk, 1, Options(32, 4, 3, fill=4 if backward else 3), reads)
     if not backward:
-        return Config(bk, bk, 1, Options(32, 8, 3), Options(64, 4, 2))
-    return Config(bk, 64, ceil_div(D, 64), Options(32, 4, 2), Options(32, 4, 2))
+        return Config(bk, bk, 1, Options(32, 8, 2), Options(32, 4, 2))
+    return Config(bk, 64, ceil_div(D, 64), Options(16, 4, 2), Options(16, 4, 2))
 
 
 def unsupported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
@@ -444,7 +444,7 @@ class _Plan:
         self.cfg = config(q.dtype, self.D, backward)
         self.unit = alignment(q, *others)
         self.types = dict(zip(('CT', 'PREC'), compute_types(q.dtype)))
-        self.parts, self.per = cut(self.T, self.heads * self.cfg.nv, self.cfg.sums.bt, self.device)
+        self.parts, self.per = cut(self.T, self.heads * self.cfg.nv, self.cfg.sums, self.device)
         self.span = span(self.T, self.heads, self.cfg.reads.bt, self.device)
         self.grid = (self.parts, self.heads, self.cfg.nv)
         self.grid_reads = (ceil_div(self.T, self.span), self.heads)
@@ -477,7 +477,6 @@ def rank_augmented_fwd(q, k, v, lepe, gate, height: int, width: int, eps: float)
     plan = _Plan(q, False, k, v, *extra)
     cfg, B, T, H, D = plan.cfg, plan.B, plan.T, plan.H, plan.D
     table, n = _table(plan, height, width), max(height, width)
-    bt, warps, stages = cfg.sums
     parts_q = plan.fp32(plan.parts, B, H, D)
     launch(rala_fwd_kernel_queries, (plan.parts, plan.heads + 1, 1), (q, parts_q, table),
            (T, plan.per, H, n, *plan.strides(q)), _queries_consts(plan), 4, 3)  # fmt: skip
@@ -486,16 +485,16 @@ def rank_augmented_fwd(q, k, v, lepe, gate, height: int, width: int, eps: float)
     top = norm if plan.parts == 1 else plan.fp32(plan.parts, B, H)
     weight = plan.fp32(plan.parts, B, H)
     launch(rala_fwd_kernel_keys, plan.grid, (k, v, parts_q, qbar, table, parts_kv, parts_key, top, weight),
-           (T, plan.per, H, plan.parts, n, width, *plan.strides(k, v)), plan.blocks(bt), warps, stages)  # fmt: skip
+           (T, plan.per, H, plan.parts, n, width, *plan.strides(k, v)), plan.blocks(cfg.sums.bt),
+           *cfg.sums.launch)  # fmt: skip
     if plan.parts > 1:
         grid = (plan.heads, ceil_div(D * D, 128) + ceil_div(D, 128), 1)
         launch(rala_kernel_merge, grid, (parts_kv, parts_key, top, weight, kv, key, norm), (plan.parts,),
                {'D': D, 'BLOCK': 128, 'BP': 16, 'MOST': MAX_PARTS}, 4, 2)  # fmt: skip
     y = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)
-    bt, warps, stages = cfg.reads
     sizes = (T, plan.span, H, eps, n, width, *plan.strides(q, q if lepe is None else lepe, q if gate is None else gate))
     launch(rala_fwd_kernel_out, (*plan.grid_reads, cfg.nv), (q, lepe, gate, y, kv, key, table), sizes,
-           plan.blocks(bt, LEPE=lepe is not None, GATE=gate is not None), warps, stages)  # fmt: skip
+           plan.blocks(cfg.reads.bt, LEPE=lepe is not None, GATE=gate is not None), *cfg.reads.launch)  # fmt: skip
     return y, kv, key, qbar, norm
 
 
@@ -507,7 +506,7 @@ def rank_augmented_bwd(q, k, v, lepe, gate, kv, key, qbar, norm, dy, height: int
     plan = _Plan(q, True, k, v, dy, *extra)
     cfg, B, T, H, D = plan.cfg, plan.B, plan.T, plan.H, plan.D
     table, n = _table(plan, height, width), max(height, width)
-    launch(rala_fwd_kernel_queries, (16, 1, 1), (q, q, table), (T, 0, H, n, *plan.strides(q)),
+    launch(rala_fwd_kernel_queries, (16, 1, 1), (q, table, table), (T, 0, H, n, *plan.strides(q)),
            _queries_consts(plan), 4, 3)  # fmt: skip
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     dlepe = torch.empty(v.shape, dtype=v.dtype, device=v.device) if extra else None
@@ -516,21 +515,20 @@ def rank_augmented_bwd(q, k, v, lepe, gate, kv, key, qbar, norm, dy, height: int
     parts_kv = dkv if plan.parts == 1 else plan.fp32(plan.parts, B, H, D, D)
     parts_key = dkey if plan.parts == cfg.nv == 1 else plan.fp32(plan.parts * cfg.nv, B, H, D)
     like = [q if x is None else x for x in (lepe, gate)]
-    bt, warps, stages = cfg.sums
     launch(rala_bwd_kernel_queries, plan.grid,
            (q, lepe, gate, dy, dlepe, dgate, kv, key, table, parts_kv, parts_key),
            (T, plan.per, H, eps, n, width, *plan.strides(q, *like, dy)),
-           plan.blocks(bt, LEPE=lepe is not None, GATE=gate is not None), warps, stages)  # fmt: skip
+           plan.blocks(cfg.sums.bt, LEPE=lepe is not None, GATE=gate is not None), *cfg.sums.launch)  # fmt: skip
     merge(parts_kv, parts_key, dkv, dkey, plan.parts, 1.0)
-    parts, per = cut(T, plan.heads, cfg.sums.bt, plan.device)
+    parts, per = cut(T, plan.heads, cfg.sums, plan.device)
     dqbar = plan.fp32(parts, B, H, D)
     launch(rala_bwd_kernel_keys, (parts, plan.heads, 1),
            (k, v, dk, dv, kv, key, qbar, norm, table, dkv, dkey, dqbar),
-           (T, per, H, n, width, *plan.strides(k, v)), plan.blocks(bt, NV=cfg.nv), warps, stages)  # fmt: skip
+           (T, per, H, n, width, *plan.strides(k, v)), plan.blocks(cfg.sums.bt, NV=cfg.nv),
+           *cfg.sums.launch)  # fmt: skip
     dr = dy if dlepe is None else dlepe
     unit = alignment(q, dr)
-    bt, warps, stages = cfg.reads
     launch(rala_bwd_kernel_dq, (*plan.grid_reads, 1), (q, dr, dq, kv, key, table, dqbar),
-           (T, plan.span, H, parts, eps, n, width, *strides(unit, q, dr)), plan.blocks(bt, NV=cfg.nv) | {'A': unit},
-           warps, stages)  # fmt: skip
+           (T, plan.span, H, parts, eps, n, width, *strides(unit, q, dr)),
+           plan.blocks(cfg.reads.bt, NV=cfg.nv) | {'A': unit}, *cfg.reads.launch)  # fmt: skip
     return dq, dk, dv, None if lepe is None else dlepe, dgate

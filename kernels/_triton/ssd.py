@@ -22,6 +22,7 @@ from zoo.kernels._triton.ssd_kernels import (
 )
 
 MAX_DIM = 256
+BLOCK = 128  # P and N of one pass; larger ones are cut, which costs passes instead of minutes of compilation
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ENOUGH = 640  # programs that fill a GPU well enough to make segments a loss
 WORK = 2048 * 64 * 64  # state elements in flight that segments aim at
@@ -50,13 +51,13 @@ class Config(NamedTuple):
 def config(dtype: torch.dtype, P: int, N: int, backward: bool) -> Config:
     """The fixed table of block sizes; every row has a case in tests/gpu/check_ssd.py."""
     bn = next_power(N)
-    bp = min(64 if bn <= 128 else 32, next_power(P))
+    bp = min(64, next_power(P))
     blocks = bp, bn, ceil_div(P, bp), min(16, 1024 // bn)
     if dtype != torch.bfloat16:
-        return Config(32 if bn <= 64 else 16, *blocks, _options(4, 2), _options(4, 2))
+        return Config(32 if bn <= 64 else 16, *blocks, _options(4, 2), _options(8 if backward else 4, 2))
     if bn <= 64:
         return Config(64, *blocks, _options(4, 3, 128), _options(4, 2) if backward else _options(4, 3, 168))
-    return Config(64, *blocks, _options(4, 3, 168) if bn <= 128 else _options(4, 2), _options(4, 2))
+    return Config(64, *blocks, _options(4, 3, 168), _options(4, 2))
 
 
 def unsupported(x: torch.Tensor, dt: torch.Tensor, B: torch.Tensor) -> str | None:
@@ -192,6 +193,14 @@ def _state(state: torch.Tensor | None) -> torch.Tensor | None:
     return None if state is None else state.float().contiguous()
 
 
+def _cuts(size: int) -> list[slice]:
+    return [slice(i, min(i + BLOCK, size)) for i in range(0, size, BLOCK)]
+
+
+def _cut_state(state: torch.Tensor | None, p: slice, n: slice) -> torch.Tensor | None:
+    return None if state is None else state[:, :, p, n]
+
+
 @_on_device_of_first
 def ssd_fwd(x, dt, A, B, C, D, initial_state, output_final_state, cu_seqlens):
     """Forward pass.
@@ -208,6 +217,15 @@ def ssd_fwd(x, dt, A, B, C, D, initial_state, output_final_state, cu_seqlens):
     Returns:
         Outputs (B, T, H, P) and the final state (N, H, P, N) fp32 or None.
     """
+    if max(x.shape[-1], B.shape[-1]) > BLOCK:  # rows of the state do not meet, and the outputs are sums over N
+        ys, finals = [], []
+        for p in _cuts(x.shape[-1]):
+            parts = [ssd_fwd(x[..., p], dt, A, B[..., n], C[..., n], None if n.start else D,
+                             _cut_state(initial_state, p, n), output_final_state, cu_seqlens)
+                     for n in _cuts(B.shape[-1])]  # fmt: skip
+            ys.append(sum(y.float() for y, _ in parts).to(x.dtype))
+            finals.append(torch.cat([f for _, f in parts], -1) if output_final_state else None)
+        return torch.cat(ys, -1), torch.cat(finals, -2) if output_final_state else None
     run = _Run(x, dt, A, B, C, D, _state(initial_state), cu_seqlens, output_final_state)
     plan = run.plan
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -225,6 +243,8 @@ def ssd_fwd(x, dt, A, B, C, D, initial_state, output_final_state, cu_seqlens):
 @_on_device_of_first
 def ssd_bwd(x, dt, A, B, C, D, initial_state, dy, dfinal, cu_seqlens):
     """Gradients of x, dt, A, B, C, D (or None) and initial_state (or None); arguments as `ssd_fwd`."""
+    if max(x.shape[-1], B.shape[-1]) > BLOCK:
+        return _cut_bwd(x, dt, A, B, C, D, initial_state, dy, dfinal, cu_seqlens)
     init, dinit = _state(initial_state), _state(dfinal)
     run = _Run(x, dt, A, B, C, D, init, cu_seqlens, init is not None, dy, dinit)
     plan = run.plan
@@ -240,6 +260,25 @@ def ssd_bwd(x, dt, A, B, C, D, initial_state, dy, dfinal, cu_seqlens):
     dA = parts[0].sum(-1).to(A.dtype)
     dD = None if D is None else parts[1].sum(-1).to(D.dtype)
     return dx, ddt, dA, _sum_heads(dB, B), _sum_heads(dC, C), dD, dinitial
+
+
+def _cut_bwd(x, dt, A, B, C, D, initial_state, dy, dfinal, cu_seqlens):
+    """`ssd_bwd` over blocks of P and N: gradients of what the blocks share are sums."""
+    ps, ns = _cuts(x.shape[-1]), _cuts(B.shape[-1])
+    grid = [
+        [ssd_bwd(x[..., p], dt, A, B[..., n], C[..., n], None if n.start else D, _cut_state(initial_state, p, n),
+                 dy[..., p], _cut_state(dfinal, p, n), cu_seqlens) for n in ns] for p in ps
+    ]  # fmt: skip
+    total = lambda parts, like: sum(g.float() for g in parts).to(like.dtype)  # noqa: E731
+    dx = torch.cat([total([g[0] for g in row], x) for row in grid], -1)
+    ddt, dA = (total([g[i] for row in grid for g in row], t) for i, t in ((1, dt), (2, A)))
+    dB, dC = (torch.cat([total([row[n][i] for row in grid], t) for n in range(len(ns))], -1)
+              for i, t in ((3, B), (4, C)))  # fmt: skip
+    dD = None if D is None else total([row[0][5] for row in grid], D)
+    dinitial = None
+    if initial_state is not None:
+        dinitial = torch.cat([torch.cat([g[6] for g in row], -1) for row in grid], -2)
+    return dx, ddt, dA, dB, dC, dD, dinitial
 
 
 def _sum_heads(grad: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

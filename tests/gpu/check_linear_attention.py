@@ -3,8 +3,8 @@
     python tests/gpu/check_linear_attention.py [--out FILE] [--shard I/N] [--dtypes A,B]
 
 Every row of the tables of block sizes, with and without several parts of the token axis, poisoned outputs, several
-seeds, each twice for determinism, every gradient. fp32 and fp16 take every third case of each op. Nearly all of the time
-is compilation: run shards side by side.
+seeds, each twice for determinism, every gradient. fp32 and fp16 take every third case of each op. Nearly all of the
+time is compilation: run shards side by side.
 """
 
 import torch

@@ -46,8 +46,14 @@ class Throughput(Callback):
     Validation does not count; the data loading that training waits for does, and the first batch does not.
     """
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def __init__(self) -> None:
+        self._restart()  # a run that is resumed in mid-epoch does not start one
+
+    def _restart(self) -> None:
         self._since, self._last, self._images = None, None, 0
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._restart()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any

@@ -25,7 +25,7 @@ class Case:
         peers: label to callable. `torch.compile(formula)` belongs here as it is; a peer of another package imports
             it inside the call. Labels that begin with `fla` run only when asked for by name: they autotune for minutes.
         bytes_forward: least bytes of a forward pass at two bytes per number: arguments and results, each moved once.
-        bytes_backward: the same for the backward pass alone.
+        bytes_backward: the same for the backward pass alone; 0 for ops without one.
         dims: sizes by name, with `B` the batch; written beside the times.
         batched: positions of the arguments whose first axis is the batch (cut on a CPU and for the error); by
             default those with three axes or more whose first one is `B`.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.util
+import pkgutil
 import statistics
 import time
 from collections.abc import Callable
@@ -18,13 +18,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from zoo import tools
 from zoo.errors import ZooError
 from zoo.kernels._dispatch import kernel_backend
 from zoo.tools._bench_case import Case, Inputs
 from zoo.tools._guard import in_words, recover, time_limit
 from zoo.tools._timing import conditions, copy_gb_per_s, graph_ms, host_us, interleaved, wall_ms, write_json
 
-_FAMILIES = ('gla', 'linear_attention', 'selective_scan', 'ssd', 'depthwise_conv', 'norm')
 _CPU_BATCH_SHRINK = 32  # the same shapes at a batch that a CPU finishes in milliseconds
 _INPUT_SETS = 4
 _CHECKED_BATCH = 2
@@ -34,9 +34,10 @@ _OURS = 'zoo'
 
 
 def all_cases() -> list[Case]:
-    """The cases of every family."""
-    modules = [f'zoo.tools._bench_{family}' for family in _FAMILIES]
-    return [case for m in modules if importlib.util.find_spec(m) for case in importlib.import_module(m).cases()]
+    """The cases of every module beside this one that has some."""
+    names = sorted(m.name for m in pkgutil.iter_modules(tools.__path__) if m.name.startswith('_bench_'))
+    modules = [importlib.import_module(f'zoo.tools.{name}') for name in names if f'zoo.tools.{name}' != __name__]
+    return [case for module in modules if hasattr(module, 'cases') for case in module.cases()]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,9 +95,9 @@ def _implementations(case: Case, peers: str) -> dict[str, Callable]:
     return {_OURS: case.ours, **chosen}
 
 
-def _differentiable(outputs: Tensor | tuple) -> list[Tensor]:
+def _tensors(outputs: Tensor | tuple) -> list[Tensor]:
     outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
-    return [o for o in outputs if isinstance(o, Tensor) and o.requires_grad]
+    return [o for o in outputs if isinstance(o, Tensor) and o.is_floating_point()]
 
 
 def _leaves(inputs: Inputs) -> list[Tensor]:
@@ -116,7 +117,7 @@ def _forward_backward(op: Callable, inputs: Inputs) -> Callable[[], object]:
     leaves, upstream = _leaves(inputs), []
 
     def run():
-        outputs = _differentiable(op(*inputs))
+        outputs = [o for o in _tensors(op(*inputs)) if o.requires_grad]
         if not upstream:
             rng = torch.Generator(outputs[0].device).manual_seed(7)
             upstream.extend(
@@ -156,8 +157,9 @@ def errors(case: Case, device: str, dtype: torch.dtype, backward: bool) -> dict[
     wide = tuple(x.detach().double().requires_grad_() if x is not None and x.is_floating_point() else x for x in inputs)
 
     def results(op: Callable, arguments: Inputs, upstream: list[Tensor]) -> dict[str, Tensor]:
-        outputs = op(*arguments)
-        outputs = _differentiable(outputs if backward else outputs)
+        with torch.set_grad_enabled(backward):
+            outputs = op(*arguments)
+        outputs = [o for o in _tensors(outputs) if o.requires_grad or not backward]
         upstream.extend(torch.randn_like(o) for o in outputs[len(upstream) :])
         found = {f'o{i}': o.detach() for i, o in enumerate(outputs)}
         if backward:
@@ -226,7 +228,7 @@ def measure(case: Case, args: argparse.Namespace, bandwidth: float) -> list[dict
     sets = [make_inputs(case, args.device, dtype, seed, batch) for seed in range(_INPUT_SETS if gpu else 1)]
     share = batch / case.dims['B'] * dtype.itemsize / 2
     passes = {'fwd': (_forward, case.bytes_forward)}
-    if args.backward:
+    if args.backward and case.bytes_backward:
         passes['fwd+bwd'] = (_forward_backward, case.bytes_forward + case.bytes_backward)
     ops, found = _implementations(case, args.peers), []
     for what, (make, moved) in passes.items():
@@ -285,7 +287,7 @@ def bench_kernels(args: argparse.Namespace) -> dict:
             result['results'] += rows
             _print(case, rows)
             if gpu:
-                found = errors(case, args.device, _DTYPES[args.dtype], args.backward)
+                found = errors(case, args.device, _DTYPES[args.dtype], args.backward and case.bytes_backward > 0)
                 result['relative_rms'].append({'op': case.op, 'shape': case.shape, **found})
                 print('  relative RMS error:', found, flush=True)
         except ZooError:
