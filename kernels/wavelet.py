@@ -67,6 +67,12 @@ def haar_synthesis(y: Tensor) -> Tensor:
     return x if rows == 2 else x.permute(0, 3, 1, 2)
 
 
+def _lines(x: Tensor, height: int, width: int) -> Tensor:
+    """x[:, :, :height, :width] for sizes known only at run time: slices would compare them and fix the answer."""
+    rows, columns = (torch.arange(n, device=x.device) for n in (height, width))
+    return x.index_select(2, rows).index_select(3, columns)
+
+
 def wavelet_conv2d(x: Tensor, weight: Tensor) -> Tensor:
     """Depthwise convolution of the Haar bands of a map.
 
@@ -89,13 +95,15 @@ def wavelet_conv2d(x: Tensor, weight: Tensor) -> Tensor:
     if _dispatch.forced() == 'naive':
         return naive_wavelet_conv2d(x, weight)
     height, width = x.shape[2:]
-    # A size known only at run time gets 2 - n % 2 lines, never none: a whole row of zero blocks changes nothing.
-    bottom, right = (n % 2 if isinstance(n, int) else 2 - n % 2 for n in (height, width))
-    if not (isinstance(height, int) and isinstance(width, int)) or bottom or right:
-        x = F.pad(x, (0, right, 0, bottom))
+    fixed = isinstance(height, int) and isinstance(width, int)
+    if not fixed:  # a block more than needed, which changes nothing: a program keeps apart sizes of 1 and above
+        x = _lines(F.pad(x, (0, 3, 0, 3)), (height + 3) // 2 * 2, (width + 3) // 2 * 2)
+    elif height % 2 or width % 2:
+        x = F.pad(x, (0, width % 2, 0, height % 2))
     bands = haar_analysis(x)
     if _dispatch.exporting():
         bands = F.conv2d(bands, weight, padding=weight.shape[-1] // 2, groups=weight.shape[0])
     else:
         bands = depthwise_conv2d(bands.permute(0, 2, 3, 1), weight).permute(0, 3, 1, 2)
-    return haar_synthesis(bands)[:, :, :height, :width]
+    y = haar_synthesis(bands)
+    return y[:, :, :height, :width] if fixed else _lines(y, height, width)
