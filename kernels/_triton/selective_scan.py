@@ -21,7 +21,8 @@ from zoo.kernels._triton.selective_scan_kernels import (
 )
 
 BLOCK = 32  # channels per program
-TILE = 16  # tokens of a map per step, as many as a matrix product needs
+STEPS = 8  # tokens of a sequence per tile: 16 bytes of contiguous ones in half precision
+TILE = 16  # tokens of a map per tile, as many as a matrix product needs
 MAX_STATES = 32
 MAX_ROW = 128  # numbers per token and direction that are projected for a scan over maps, R + 2 N
 KEEP_ALL = 64  # states per channel, tiles times N, up to which a backward pass keeps those of all tiles
@@ -66,10 +67,10 @@ def _consts(u, A, B, D, bias, delta_softplus, reverse, tensors) -> dict:
     states, channels = A.shape[1], u.shape[1] // B.shape[1]
     tlast = all(x.stride(2) == 1 for x in tensors) and not reverse
     compute, precision = _products(u.dtype)
-    tile, block = 16 if states <= 2 and not tlast else 8, _block(channels)
+    block = _block(channels)
     return {
-        'N': states, 'NP': next_power(states, 1), 'BT': tile, 'BD': block, 'EXACT': channels % block == 0,
-        'EVEN': u.shape[2] % tile == 0, 'SKIP': D is not None, 'BIAS': bias is not None,
+        'N': states, 'NP': next_power(states, 1), 'BT': STEPS, 'BD': block, 'EXACT': channels % block == 0,
+        'EVEN': u.shape[2] % STEPS == 0, 'SKIP': D is not None, 'BIAS': bias is not None,
         'SOFTPLUS': bool(delta_softplus), 'REVERSE': bool(reverse), 'TLAST': tlast,
         'UNIT': alignment(*tensors) if tlast else 1, 'CT': compute, 'PREC': precision,
     }  # fmt: skip
@@ -94,7 +95,8 @@ def selective_scan_fwd(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse
     tensors = (u, delta, _contiguous(A, torch.float32), B, C, _contiguous(D), _contiguous(delta_bias), y)
     sizes = (u.shape[2], channels, groups, blocks, *_strides(u, unit), *_strides(delta, unit), *_state_strides(B),
              *_state_strides(C), *_strides(y, unit))  # fmt: skip
-    launch(selective_scan_kernel_forward, (u.shape[0] * groups * blocks, 1, 1), tensors, sizes, consts, warps=1)
+    launch(selective_scan_kernel_forward, (u.shape[0] * groups * blocks, 1, 1), tensors, sizes, consts, warps=1,
+           registers=128)  # fmt: skip
     return y
 
 
@@ -106,7 +108,7 @@ def selective_scan_bwd(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse
     groups, states, unit = B.shape[1], A.shape[1], consts['UNIT']
     channels = width // groups
     blocks = ceil_div(channels, consts['BD'])
-    every, stretches = _stretch(ceil_div(length, consts['BT']), states)
+    every, stretches = _stretch(ceil_div(length, STEPS), states)
     consts = {'ONE': stretches == 1} | consts
     new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=u.device)  # noqa: E731
     dB, dC = new(blocks, *B.shape), new(blocks, *C.shape)
@@ -157,7 +159,7 @@ def selective_scan_2d_fwd(x, p, dt_weight, dt_bias, A, D, directions):
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     sizes = (height * width, height, width, blocks)
     tensors = (x, p, w, bias, _contiguous(A, torch.float32), D, y)
-    launch(selective_scan_2d_kernel_forward, (batch * blocks, 1, 1), tensors, sizes, consts, warps=1)
+    launch(selective_scan_2d_kernel_forward, (batch * blocks, 1, 1), tensors, sizes, consts, warps=1, registers=128)
     return y
 
 

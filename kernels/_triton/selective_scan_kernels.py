@@ -2,7 +2,7 @@
 
 import triton
 import triton.language as tl
-from zoo.kernels._triton.selective_scan_tiles import backward_pass, forward_pass
+from zoo.kernels._triton.selective_scan_tiles import backward_pass, forward_pass, weight
 
 _SIZES = ['T', 'height', 'width', 'blocks', 'batch', 'every', 'stretches', 'tiles']
 _STRIDES = [f's{x}_{axis}' for x in 'udbcyeg' for axis in 'btdgn']
@@ -51,14 +51,6 @@ def selective_scan_kernel_forward(
 
 
 @triton.jit
-def _weight(w, lane, okc, R: tl.constexpr, RP: tl.constexpr):
-    """The rows of (channels, R) for a block of channels, transposed: (RP, BD) fp32, zeros outside."""
-    r = tl.arange(0, RP)
-    ok = (r < R)[:, None] & okc[None, :]
-    return tl.load(w + lane[None, :] * R + r[:, None], mask=ok, other=0.0).to(tl.float32)
-
-
-@triton.jit
 def _skips(D, lane, okc, channels: tl.constexpr, K: tl.constexpr):
     """Skip gains (BD,) summed over the directions."""
     total = lane.to(tl.float32) * 0.0
@@ -74,7 +66,7 @@ def _direction_forward(
     RP: tl.constexpr, REVERSE: tl.constexpr, COLUMN: tl.constexpr, FIRST: tl.constexpr, EVEN: tl.constexpr,
     CT: tl.constexpr, PREC: tl.constexpr):  # fmt: skip
     part = p + k * (R + 2 * N)
-    wt = _weight(w + k * channels * R, lane, okc, R, RP)
+    wt = weight(w + k * channels * R, lane, okc, R, RP)
     b = tl.load(bias + k * channels + lane, mask=okc, other=0.0).to(tl.float32)
     forward_pass(x, part, wt, b, skip, A + k * channels * N, part + R, part + R + N, y, lane, okc,
                  T, height, width, R, channels, 1, columns, 0, columns, 1, columns, 1, channels, 1,
@@ -131,7 +123,7 @@ def selective_scan_kernel_backward(
     part = ((block * batch + entry) * groups + group) * N * T
     params = entry * total + first
     backward_pass(u + entry * (su_b * UNIT) + first * (su_d * UNIT),
-                  delta + entry * (sd_b * UNIT) + first * (sd_d * UNIT), tl.zeros((1, BD), tl.float32),
+                  delta + entry * (sd_b * UNIT) + first * (sd_d * UNIT), dA,
                   _per_channel(bias + first if BIAS else bias, lane, okc, BIAS),
                   _per_channel(D + first if SKIP else D, lane, okc, SKIP), A + first * N,
                   B + entry * sb_b + group * sb_g, C + entry * sc_b + group * sc_g,
@@ -152,10 +144,10 @@ def _direction_backward(
     NP: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, RP: tl.constexpr, REVERSE: tl.constexpr,
     COLUMN: tl.constexpr, FIRST: tl.constexpr, EVEN: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr):  # fmt: skip
     part = k * (R + 2 * N)
-    wt = _weight(w + k * channels * R, lane, okc, R, RP)
     b = tl.load(bias + k * channels + lane, mask=okc, other=0.0).to(tl.float32)
-    backward_pass(x, p + part, wt, b, skip, A + k * channels * N, p + part + R, p + part + R + N, dy, dx, dp + part,
-                  dp, dp, near, near, dA + k * channels * N, dD, dbias + k * channels, dw + k * channels * R,
+    backward_pass(x, p + part, w + k * channels * R, b, skip, A + k * channels * N, p + part + R, p + part + R + N,
+                  dy, dx, dp + part, dp, dp, near, near,
+                  dA + k * channels * N, dD, dbias + k * channels, dw + k * channels * R,
                   lane, okc, T, height, width, R, tiles, channels, 1, columns, 0, columns, 1, columns, 1,
                   channels, 1, channels, 1, columns, 0, 0, N * channels, channels,
                   N, NP, BT, BD, RP, True, REVERSE, COLUMN, FIRST, EVEN, True, False, 1, CT, PREC)  # fmt: skip

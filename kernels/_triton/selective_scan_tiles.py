@@ -135,6 +135,17 @@ def load_steps(d, origin, token, lane, live, okc, R, stride_t, stride_d,
 
 
 @triton.jit
+def weight(w, lane, okc, R, RP: tl.constexpr):
+    """The rows of (channels, R) for a block of channels, transposed: (RP, BD) fp32, zeros outside; 0 without RP."""
+    if RP > 0:
+        r = tl.arange(0, RP)
+        ok = (r < R)[:, None] & okc[None, :]
+        return tl.load(w + lane[None, :] * R + r[:, None], mask=ok, other=0.0).to(tl.float32)
+    else:
+        return 0
+
+
+@triton.jit
 def raw_steps(loaded, wt, bias, RP: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr):
     """Step sizes (BT, BD) before softplus in fp32 from what `load_steps` gave; wt is (RP, BD)."""
     if RP > 0:
@@ -226,7 +237,7 @@ def forward_pass(u, d, wt, bias, skip, A, B, C, y, lane, okc, T, height, width, 
 
 
 @triton.jit
-def keep_states(u, d, wt, bias, A, B, kept, states, start, end, lane, okc, T, height, width, R,
+def keep_states(u, d, w, bias, A, B, kept, states, start, end, lane, okc, T, height, width, R,
                 su_t, su_d, sd_t, sd_d, sb_t, sb_n, k_tile, k_n, every,
                 N: tl.constexpr, NP: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, RP: tl.constexpr,
                 SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, COLUMN: tl.constexpr, EVEN: tl.constexpr,
@@ -236,6 +247,7 @@ def keep_states(u, d, wt, bias, A, B, kept, states, start, end, lane, okc, T, he
     kept += (index * k_n)[:, None] + lane[None, :]
     ok_kept = (index < N)[:, None] & okc[None, :]
     tl.store(kept, states, mask=ok_kept)
+    wt = weight(w, lane, okc, R, RP)
     for i in range(start, end - 1):
         origin, token, live = tile_tokens(i, T, height, width, BT, EVEN, REVERSE, COLUMN)
         mask = live[:, None] & okc[None, :]
@@ -287,7 +299,7 @@ def _gradients(n, step, drive, g_out, entering, adjoint, dA, ddrive, dstep, rows
 
 
 @triton.jit
-def backward_tile(i, u, d, wt, bias, skip, A, B, C, dy, du, dd, dB, dC, entering, adjoint, dA, dskip, dbias, dw,
+def backward_tile(i, u, d, w, bias, skip, A, B, C, dy, du, dd, dB, dC, entering, adjoint, dA, dskip, dbias, dw,
                   lane, okc, T, height, width, R, su_t, su_d, sd_t, sd_d, sb_t, sb_n, sc_t, sc_n,
                   sg_t, sg_d, so_t, so_d, se_t, se_d, sp_n, k_n,
                   N: tl.constexpr, NP: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, RP: tl.constexpr,
@@ -305,7 +317,8 @@ def backward_tile(i, u, d, wt, bias, skip, A, B, C, dy, du, dd, dB, dC, entering
     x = tl.load(at(u, origin, token, lane, su_t, su_d, TLAST, UNIT), mask=mask, other=0.0).to(tl.float32)
     g_out = tl.load(at(dy, origin, token, lane, sg_t, sg_d, TLAST, UNIT), mask=mask, other=0.0).to(tl.float32)
     loaded = load_steps(d, origin, token, lane, live, okc, R, sd_t, sd_d, RP, TLAST, UNIT)
-    raw = raw_steps(loaded, wt, bias, RP, CT, PREC)
+    # The weight is loaded again where it is used: the registers between are worth more.
+    raw = raw_steps(loaded, weight(w, lane, okc, R, RP), bias, RP, CT, PREC)
     step = final_steps(raw, live, SOFTPLUS)
     drive = step * x
     ddrive = tl.zeros((BT, BD), tl.float32)
@@ -335,7 +348,7 @@ def backward_tile(i, u, d, wt, bias, skip, A, B, C, dy, du, dd, dB, dC, entering
     dbias += tl.sum(dstep, 0)
     if RP > 0:
         r = tl.arange(0, RP)
-        rows += mm(dstep, tl.trans(wt), CT, PREC)
+        rows += mm(dstep, tl.trans(weight(w, lane, okc, R, RP)), CT, PREC)
         tl.store(dd + origin * se_t + ((token * se_t)[:, None] + r[None, :]), rows,
                  mask=live[:, None] & (r < R + 2 * N)[None, :])  # fmt: skip
         dw += mm(tl.trans(dstep), loaded.to(tl.float32), CT, PREC)
@@ -345,7 +358,7 @@ def backward_tile(i, u, d, wt, bias, skip, A, B, C, dy, du, dd, dB, dC, entering
 
 
 @triton.jit
-def backward_pass(u, d, wt, bias, skip, A, B, C, dy, du, dd, dB, dC, far, near, dA_out, dskip_out, dbias_out, dw_out,
+def backward_pass(u, d, w, bias, skip, A, B, C, dy, du, dd, dB, dC, far, near, dA_out, dskip_out, dbias_out, dw_out,
                   lane, okc, T, height, width, R, every, su_t, su_d, sd_t, sd_d, sb_t, sb_n, sc_t, sc_n,
                   sg_t, sg_d, so_t, so_d, se_t, se_d, sp_n, k_tile, k_n,
                   N: tl.constexpr, NP: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, RP: tl.constexpr,
@@ -367,7 +380,7 @@ def backward_pass(u, d, wt, bias, skip, A, B, C, dy, du, dd, dB, dC, far, near, 
         stretches = 1
     else:
         stretches = tl.cdiv(tiles, every)
-        keep_states(u, d, wt, bias, A, B, far, zero, 0, (stretches - 1) * every + 1, lane, okc, T, height, width, R,
+        keep_states(u, d, w, bias, A, B, far, zero, 0, (stretches - 1) * every + 1, lane, okc, T, height, width, R,
                     su_t, su_d, sd_t, sd_d, sb_t, sb_n, k_tile, k_n, every,
                     N, NP, BT, BD, RP, SOFTPLUS, REVERSE, COLUMN, EVEN, TLAST, UNIT, CT, PREC)  # fmt: skip
         tl.debug_barrier()
@@ -380,14 +393,14 @@ def backward_pass(u, d, wt, bias, skip, A, B, C, dy, du, dd, dB, dC, far, near, 
         start = (stretches - 1 - back) * every
         end = tl.minimum(start + every, tiles)
         states = zero if ONE else tl.load(far + (stretches - 1 - back) * k_tile + inside, mask=ok_kept, other=0.0)
-        keep_states(u, d, wt, bias, A, B, near, states, start, end, lane, okc, T, height, width, R,
+        keep_states(u, d, w, bias, A, B, near, states, start, end, lane, okc, T, height, width, R,
                     su_t, su_d, sd_t, sd_d, sb_t, sb_n, k_tile, k_n, 1,
                     N, NP, BT, BD, RP, SOFTPLUS, REVERSE, COLUMN, EVEN, TLAST, UNIT, CT, PREC)  # fmt: skip
         tl.debug_barrier()
         for j in range(end - start):
             i = end - 1 - j
             adjoint, dA, dskip, dbias, dw = backward_tile(
-                i, u, d, wt, bias, skip, A, B, C, dy, du, dd, dB, dC, near + (i - start) * k_tile, adjoint, dA, dskip,
+                i, u, d, w, bias, skip, A, B, C, dy, du, dd, dB, dC, near + (i - start) * k_tile, adjoint, dA, dskip,
                 dbias, dw, lane, okc, T, height, width, R, su_t, su_d, sd_t, sd_d, sb_t, sb_n, sc_t, sc_n,
                 sg_t, sg_d, so_t, so_d, se_t, se_d, sp_n, k_n,
                 N, NP, BT, BD, RP, SOFTPLUS, REVERSE, COLUMN, FIRST, EVEN, TLAST, UNIT, CT, PREC)  # fmt: skip
