@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-EXPORT_CHUNK = 32  # tokens per chunk of an exported scan over a length that is not known
+EXPORT_CHUNK = 16  # tokens per chunk of an exported scan over a length that is not known: unrolled in the graph
+MAX_CHUNK = 32  # where it is known, about the square root of it up to this
 
 # VMamba's order; the two directions of bidirectional models are its row-major ones.
 COLUMN_MAJOR = {2: (False, False), 4: (False, True, False, True)}
@@ -197,6 +198,8 @@ def _run(a: Tensor, b: Tensor, reverse: bool) -> Tensor:
 def _from_next(a: Tensor, reverse: bool) -> Tensor:
     """The decay that follows each token in time: what the adjoint of its state is multiplied with on its way here."""
     out = torch.empty_like(a)
+    if a.numel() == 0:
+        return out
     if reverse:
         out[:, :, 1:] = a[:, :, :-1]
         out[:, 1:, 0] = a[:, :-1, -1]
@@ -254,7 +257,7 @@ def export_scan(u, step, A, B, C):
     """y without the skip for `torch.export`: all sequences run forwards, any length at run time.
 
     The states that enter chunks come from a matrix of the decays between all pairs of chunks, so memory grows with
-    (T / 32) ** 2: fine to about 4k tokens.
+    (T / 16) ** 2: fine to about 4k tokens.
 
     Args:
         u: (S, T, D) for S sequences.
@@ -265,7 +268,7 @@ def export_scan(u, step, A, B, C):
     """
     length = u.shape[1]
     if isinstance(length, int):
-        chunk = min(math.isqrt(max(length - 1, 0)) + 1, EXPORT_CHUNK)
+        chunk = min(math.isqrt(max(length - 1, 0)) + 1, MAX_CHUNK)
         pad = -length % chunk
     else:
         # At least two chunks, as tracing would single out one; no remainder, which symbolic shapes are slow with.

@@ -113,12 +113,12 @@ def _scan_op(
     reverse: bool,
 ) -> Tensor:
     path = _implementation(u, A)
-    return path.selective_scan_fwd(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse)
+    return _laid_out_like(u, path.selective_scan_fwd(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse))
 
 
 @_scan_op.register_fake
 def _(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse):
-    return u.new_empty(u.shape)
+    return torch.empty_like(u)
 
 
 @torch.library.custom_op('zoo::selective_scan_backward', mutates_args=())
@@ -136,12 +136,13 @@ def _scan_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     path = _implementation(u, A)
     grads = path.selective_scan_bwd(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse, dy)
-    return tuple(u.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
+    inputs = (u, delta, A, B, C, D, delta_bias)
+    return tuple(u.new_empty(0) if x is None else _laid_out_like(x, grad) for x, grad in zip(inputs, grads))
 
 
 @_scan_backward_op.register_fake
 def _(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse, dy):
-    return tuple(u.new_empty(0) if x is None else x.new_empty(x.shape) for x in (u, delta, A, B, C, D, delta_bias))
+    return tuple(u.new_empty(0) if x is None else torch.empty_like(x) for x in (u, delta, A, B, C, D, delta_bias))
 
 
 def _scan_setup(ctx, inputs, output):
@@ -162,7 +163,11 @@ _scan_op.register_autograd(_scan_backward, setup_context=_scan_setup)
 def _scan_2d_op(
     x: Tensor, p: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, directions: int
 ) -> Tensor:
-    return _implementation(x, A).selective_scan_2d_fwd(x, p, dt_weight, dt_bias, A, D, directions).contiguous()
+    return (
+        _implementation(x, A, dt_weight.shape[2])
+        .selective_scan_2d_fwd(x, p, dt_weight, dt_bias, A, D, directions)
+        .contiguous()
+    )
 
 
 @_scan_2d_op.register_fake
@@ -174,7 +179,8 @@ def _(x, p, dt_weight, dt_bias, A, D, directions):
 def _scan_2d_backward_op(
     x: Tensor, p: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, directions: int, dy: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    grads = _implementation(x, A).selective_scan_2d_bwd(x, p, dt_weight, dt_bias, A, D, directions, dy)
+    path = _implementation(x, A, dt_weight.shape[2])
+    grads = path.selective_scan_2d_bwd(x, p, dt_weight, dt_bias, A, D, directions, dy)
     return tuple(grad.contiguous() for grad in grads)
 
 
@@ -195,12 +201,18 @@ def _scan_2d_backward(ctx, dy):
 _scan_2d_op.register_autograd(_scan_2d_backward, setup_context=_scan_2d_setup)
 
 
-def _implementation(u: Tensor, A: Tensor):
+def _laid_out_like(like: Tensor, x: Tensor) -> Tensor:
+    """x in the memory layout of `like`, which the fake kernels promise; most implementations give it as it is."""
+    expected = torch.empty_like(like, device='meta')
+    return x if x.stride() == expected.stride() else torch.empty_like(like).copy_(x)
+
+
+def _implementation(u: Tensor, A: Tensor, rank: int = 0):
     """The module whose `selective_scan_fwd`, ... run: the torch path or the Triton kernels."""
     if u.numel() == 0 or A.numel() == 0:
         return _torch_selective_scan
     module = _dispatch.triton_module('selective_scan') if _dispatch.may_use_triton(u) else None
-    unsupported = module.unsupported(u, A) if module is not None else None
+    unsupported = module.unsupported(u, A, rank) if module is not None else None
     chosen = _dispatch.select('selective_scan', u, unsupported=unsupported)
     return module if chosen == 'triton' else _torch_selective_scan
 

@@ -173,13 +173,11 @@ def _numbers(values: tuple[float, ...]) -> str:
 
 
 def _mixer_lines(mixers: list[list[str]]) -> list[str]:
-    """Consecutive layers of one kind on one line."""
-    runs: list[tuple[str, list[str]]] = []
+    """The layers of one kind on one line, kinds in the order in which the network meets them."""
+    layers: dict[str, list[str]] = {}
     for layer, kind in mixers:
-        if not runs or runs[-1][0] != kind:
-            runs.append((kind, []))
-        runs[-1][1].append(layer)
-    return [f'{len(ns)} x {kind}: {ns[0]}' + (f' ... {ns[-1]}' if len(ns) > 1 else '') for kind, ns in runs]
+        layers.setdefault(kind, []).append(layer)
+    return [f'{len(ns)} x {kind}: {ns[0]}' + (f' ... {ns[-1]}' if len(ns) > 1 else '') for kind, ns in layers.items()]
 
 
 def config_files() -> dict[str, Path]:
