@@ -1,6 +1,7 @@
 """Exported files compute what eager computes, at every shape they promise, or are not left behind."""
 
 import json
+from dataclasses import replace
 
 import onnx
 import onnxruntime
@@ -19,7 +20,7 @@ KINDS = {
     'test_vig': {'depth': 1},
     'test_vig_hier': {'depths': (1, 1, 1, 1)},
     'test_ravlt': {'depths': (1, 1, 1, 1)},
-    'test_mobilemamba': {'fuse': True},
+    'test_mobilemamba': {'depths': (0, 0, 1), 'fuse': True},
 }
 STATIC = Shape(1, 3, 64, 96)
 DYNAMIC = Shape(2, 3, 64, 96, dynamic_batch=True, dynamic_size=True)
@@ -29,6 +30,12 @@ DYNAMIC = Shape(2, 3, 64, 96, dynamic_batch=True, dynamic_size=True)
 def model(request):
     torch.manual_seed(0)
     return timm.create_model(request.param, num_classes=11, **KINDS[request.param]).eval()
+
+
+def fitting(model, shape):
+    """A program keeps maps of one row apart from others: models of stride 64 are traced on larger images."""
+    large = model.feature_info[-1]['reduction'] > 32
+    return replace(shape, height=2 * shape.height, width=2 * shape.width) if large else shape
 
 
 @pytest.fixture(scope='module')
@@ -51,7 +58,7 @@ def one_trace(model, traces, monkeypatch):
 
 @pytest.mark.parametrize('shape', [STATIC, DYNAMIC], ids=['static', 'dynamic'])
 def test_torch_export(model, shape, one_trace, tmp_path):
-    result = export(model, tmp_path / 'm.pt2', 'torch-export', shape)
+    result = export(model, tmp_path / 'm.pt2', 'torch-export', fitting(model, shape))
     assert result['max_relative_error'] <= 1e-4
     program = torch.export.load(tmp_path / 'm.pt2')
     names = {str(node.target) for node in program.graph.nodes if node.op == 'call_function'}
@@ -62,7 +69,7 @@ def test_torch_export(model, shape, one_trace, tmp_path):
 
 @pytest.mark.parametrize('shape', [STATIC, DYNAMIC], ids=['static', 'dynamic'])
 def test_onnx(model, shape, one_trace, tmp_path):
-    result = export(model, tmp_path / 'm.onnx', 'onnx', shape)
+    result = export(model, tmp_path / 'm.onnx', 'onnx', fitting(model, shape))
     assert result['max_relative_error'] <= 1e-4
     assert [p.name for p in tmp_path.iterdir()] == ['m.onnx'], 'one file, weights inside'
     onnx.checker.check_model(onnx.load(tmp_path / 'm.onnx'))
@@ -77,7 +84,7 @@ def test_onnx(model, shape, one_trace, tmp_path):
 @torch.no_grad()
 def check_shapes(model, run):
     """Shapes that the exporter itself did not probe: other batches, odd and long sides."""
-    for batch, height, width in ((5, 64, 64), (3, 79, 131), (1, 65, 224)):
+    for batch, height, width in ((5, 65, 65), (3, 79, 131), (1, 66, 224)):
         x = torch.randn(batch, 3, height, width)
         assert relative_error(run(x), model(x)) <= 1e-4, (batch, height, width)
 
@@ -86,7 +93,7 @@ def check_shapes(model, run):
 @pytest.mark.parametrize('fmt', ['onnx', 'torch-export'])
 @pytest.mark.parametrize('axis', ['dynamic_batch', 'dynamic_size'])
 def test_one_dynamic_axis(model, fmt, axis, tmp_path):
-    shape = Shape(2, 3, 64, 96, **{axis: True})
+    shape = fitting(model, Shape(2, 3, 64, 96, **{axis: True}))
     assert export(model, tmp_path / 'm', fmt, shape)['max_relative_error'] <= 1e-4
 
 
