@@ -146,10 +146,13 @@ def weight(w, lane, okc, R, RP: tl.constexpr):
 
 
 @triton.jit
-def raw_steps(loaded, wt, bias, RP: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr):
-    """Step sizes (BT, BD) before softplus in fp32 from what `load_steps` gave; wt is (RP, BD)."""
+def raw_steps(loaded, wt, bias, RP: tl.constexpr):
+    """Step sizes (BT, BD) before softplus in fp32 from what `load_steps` gave; wt is (RP, BD).
+
+    The product is as exact as fp32 for every input type: large step sizes would multiply the rounding of the weight.
+    """
     if RP > 0:
-        return mm(loaded.to(tl.float32), wt, CT, PREC) + bias[None, :]
+        return mm(loaded.to(tl.float32), wt, tl.float32, 'tf32x3') + bias[None, :]
     else:
         return loaded.to(tl.float32) + bias[None, :]
 
@@ -210,7 +213,7 @@ def forward_pass(u, d, wt, bias, skip, A, B, C, y, lane, okc, T, height, width, 
     d_next = load_steps(d, origin, token, lane, live, okc, R, sd_t, sd_d, RP, TLAST, UNIT)
     for i in range(tiles):
         x = u_next.to(tl.float32)
-        raw = raw_steps(d_next, wt, bias, RP, CT, PREC)
+        raw = raw_steps(d_next, wt, bias, RP)
         # The next tile's loads run while this one is computed; the last tile loads itself once more.
         origin, token, live = tile_tokens(tl.minimum(i + 1, tiles - 1), T, height, width, BT, EVEN, REVERSE, COLUMN)
         mask = live[:, None] & okc[None, :]
@@ -253,7 +256,7 @@ def keep_states(u, d, w, bias, A, B, kept, states, start, end, lane, okc, T, hei
         mask = live[:, None] & okc[None, :]
         x = tl.load(at(u, origin, token, lane, su_t, su_d, TLAST, UNIT), mask=mask, other=0.0).to(tl.float32)
         loaded = load_steps(d, origin, token, lane, live, okc, R, sd_t, sd_d, RP, TLAST, UNIT)
-        step = final_steps(raw_steps(loaded, wt, bias, RP, CT, PREC), live, SOFTPLUS)
+        step = final_steps(raw_steps(loaded, wt, bias, RP), live, SOFTPLUS)
         drive = step * x
         if N <= 2:
             for n in tl.static_range(N):
@@ -318,7 +321,7 @@ def backward_tile(i, u, d, w, bias, skip, A, B, C, dy, du, dd, dB, dC, entering,
     g_out = tl.load(at(dy, origin, token, lane, sg_t, sg_d, TLAST, UNIT), mask=mask, other=0.0).to(tl.float32)
     loaded = load_steps(d, origin, token, lane, live, okc, R, sd_t, sd_d, RP, TLAST, UNIT)
     # The weight is loaded again where it is used: the registers between are worth more.
-    raw = raw_steps(loaded, weight(w, lane, okc, R, RP), bias, RP, CT, PREC)
+    raw = raw_steps(loaded, weight(w, lane, okc, R, RP), bias, RP)
     step = final_steps(raw, live, SOFTPLUS)
     drive = step * x
     ddrive = tl.zeros((BT, BD), tl.float32)
