@@ -60,8 +60,11 @@ def config(dtype: torch.dtype, P: int, N: int, backward: bool) -> Config:
     return Config(64, *blocks, _options(4, 3, 168), _options(4, 2))
 
 
-def unsupported(x: torch.Tensor, dt: torch.Tensor, B: torch.Tensor) -> str | None:
+def unsupported(x: torch.Tensor, dt: torch.Tensor, B: torch.Tensor, backward: bool = False) -> str | None:
     """Why the kernels cannot take these tensors, or None."""
+    if backward and x.dtype == torch.bfloat16 and not interpreting():
+        # On an H100 (Triton 3.6), tests/gpu/check_ssd.py finds gradients under strong decays off by up to a fifth.
+        return 'gradients in bfloat16'
     for name, t in (('x', x), ('dt', dt)):
         if t.dtype not in DTYPES:
             return f'{name} in {str(t.dtype).removeprefix("torch.")}'

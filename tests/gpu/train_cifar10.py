@@ -177,19 +177,20 @@ def plot(runs: dict[str, dict], path: Path) -> None:
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, 2, figsize=(12, 9))
     precise = {n.rsplit(' ', 1)[0] for n in runs if n.endswith((' fp32', ' fp16'))}
+    rows = ['one recipe, bf16 autocast', *(['precisions'] if precise else [])]
+    figure, axes = plt.subplots(len(rows), 2, figsize=(12, 4.5 * len(rows)), squeeze=False)
     for number, (label, run) in enumerate(runs.items()):
         base = label.rsplit(' ', 1)[0] if label.endswith((' fp32', ' fp16')) else label
-        rows = ([0] if base == label else []) + ([1] if base in precise else [])
+        places = ([0] if base == label else []) + ([1] if base in precise else [])
         style = '--' if base in ('DeiT-tiny', 'ResNet-18', 'ConvNeXt-atto') else '-'
-        for row in rows:
+        for row in places:
             for axis, key, scale in ((axes[row, 0], 'train/loss_epoch', 1), (axes[row, 1], 'val/top1', 100)):
                 points = run['curves'].get(key, [])
                 name = f'{label} bf16' if row and base == label else label
                 line = [scale * p[1] for p in points]
                 axis.plot([p[0] for p in points], line, style, color=f'C{number % 10}', label=name, linewidth=1.4)
-    for row, title in ((0, 'one recipe, bf16 autocast'), (1, 'precisions')):
+    for row, title in enumerate(rows):
         axes[row, 0].set(title=f'training loss: {title}', xlabel='epoch', ylabel='cross-entropy, smoothed labels')
         axes[row, 1].set(title=f'top-1 on 10,000 test images: {title}', xlabel='epoch', ylabel='%')
     for axis in axes.flat:
