@@ -173,16 +173,43 @@ class PyramidMixin(_CommonMixin):
     """Interface of models with stages of falling resolution.
 
     A family sets `num_features` (channels of `forward_features`), `num_classes`, `global_pool`, `head_drop`,
-    `grad_checkpointing` and the two class attributes, and defines
+    `grad_checkpointing` and the class attributes, and defines
+
+    - `final(x)`: the last map to the map (B, num_features, h, w) that is pooled;
+    - `drop_final()`: make `final` the identity (to NCHW).
+
+    Its parts are `patch_embed` and `layers`, each with `blocks` and a `downsample` behind them (None in the last), or
+    it defines these too:
 
     - `stem(x)`: images (B, 3, H, W) to the first map;
     - `stage_parts()`: of every stage, the modules that enter it (its downsampling, empty for the first) and its blocks;
-    - `final(x)`: the last map to the map (B, num_features, h, w) that is pooled;
-    - `keep_stages(n)`: drop the stages after the n-th, and `drop_final()`: make `final` the identity (to NCHW).
+    - `keep_stages(n)`: drop the stages after the n-th;
+    - `group_matcher(coarse)`: timm's grouping of parameters by depth.
     """
 
     channels_last = False  # whether maps between stages are (B, h, w, C) rather than (B, C, h, w)
     classifier_name = 'head'  # path of the linear layer that gives the logits
+
+    final_names = ''  # pattern of the parameters of `final`
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict:
+        last = (self.final_names, (99999,))
+        if coarse:
+            return dict(stem=r'^patch_embed', blocks=[(r'^layers\.(\d+)', None), last])
+        blocks = [(r'^layers\.(\d+)\.downsample', (0,)), (r'^layers\.(\d+)\.blocks\.(\d+)', None), last]
+        return dict(stem=r'^patch_embed', blocks=blocks)
+
+    def stem(self, x: Tensor) -> Tensor:
+        return self.patch_embed(x)
+
+    def stage_parts(self) -> list[tuple[Sequence[nn.Module], Sequence[nn.Module]]]:
+        entries = [[], *([stage.downsample] for stage in self.layers[:-1])]
+        return [(entry, stage.blocks) for entry, stage in zip(entries, self.layers)]
+
+    def keep_stages(self, n: int) -> None:
+        self.layers = self.layers[:n]
+        self.layers[-1].downsample = None
 
     def _in_format(self, x: Tensor, output_fmt: str) -> Tensor:
         if self.channels_last == (output_fmt == 'NHWC'):

@@ -269,6 +269,7 @@ class RAVLT(PyramidMixin, nn.Module):
     """
 
     channels_last = True
+    final_names = r'^proj|^norm'
 
     def __init__(
         self,
@@ -324,30 +325,11 @@ class RAVLT(PyramidMixin, nn.Module):
                 trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict:
-        last = (r'^proj|^norm', (99999,))
-        if coarse:
-            return dict(stem=r'^patch_embed', blocks=[(r'^layers\.(\d+)', None), last])
-        blocks = [(r'^layers\.(\d+)\.downsample', (0,)), (r'^layers\.(\d+)\.blocks\.(\d+)', None), last]
-        return dict(stem=r'^patch_embed', blocks=blocks)
-
-    def stem(self, x: Tensor) -> Tensor:
-        return self.patch_embed(x)
-
-    def stage_parts(self) -> list[tuple[Sequence[nn.Module], Sequence[nn.Module]]]:
-        entries = [[], *([stage.downsample] for stage in self.layers[:-1])]
-        return [(entry, stage.blocks) for entry, stage in zip(entries, self.layers)]
-
     def final(self, x: Tensor) -> Tensor:
         """SiLU(BatchNorm(1 x 1 convolution)): (B, h, w, C) to (B, head_width, h, w)."""
         if self.proj is None:
             return x.permute(0, 3, 1, 2)
         return F.silu(self.norm(self.proj(x).permute(0, 3, 1, 2)))
-
-    def keep_stages(self, n: int) -> None:
-        self.layers = self.layers[:n]
-        self.layers[-1].downsample = None
 
     def drop_final(self) -> None:
         self.proj = self.norm = None

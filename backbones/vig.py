@@ -10,7 +10,6 @@ published checkpoints. Maps are channels-last (B, h, w, C) between modules: toke
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -365,6 +364,7 @@ class HierViG(PyramidMixin, nn.Module):
 
     channels_last = True
     classifier_name = 'classifier.head'
+    final_names = r'^classifier\.norm'
 
     def __init__(
         self,
@@ -423,30 +423,11 @@ class HierViG(PyramidMixin, nn.Module):
             elif isinstance(module, ViGMixer):
                 nn.init.xavier_uniform_(module.in_proj[0].weight, gain=XAVIER_GAIN)
 
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict:
-        last = (r'^classifier\.norm', (99999,))
-        if coarse:
-            return dict(stem=r'^patch_embed', blocks=[(r'^layers\.(\d+)', None), last])
-        blocks = [(r'^layers\.(\d+)\.downsample', (0,)), (r'^layers\.(\d+)\.blocks\.(\d+)', None), last]
-        return dict(stem=r'^patch_embed', blocks=blocks)
-
-    def stem(self, x: Tensor) -> Tensor:
-        return self.patch_embed(x)
-
-    def stage_parts(self) -> list[tuple[Sequence[nn.Module], Sequence[nn.Module]]]:
-        entries = [[], *([stage.downsample] for stage in self.layers[:-1])]
-        return [(entry, stage.blocks) for entry, stage in zip(entries, self.layers)]
-
     def final(self, x: Tensor) -> Tensor:
         return self.classifier.norm(x).permute(0, 3, 1, 2)
 
     def intermediate_norm(self, x: Tensor) -> Tensor:
         return self.classifier.norm(x)
-
-    def keep_stages(self, n: int) -> None:
-        self.layers = self.layers[:n]
-        self.layers[-1].downsample = None
 
     def drop_final(self) -> None:
         self.classifier.norm = nn.Identity()
