@@ -78,7 +78,7 @@ def _why_not_triton(family: str, tensors: tuple[torch.Tensor, ...], unsupported:
 def exporting() -> bool:
     """Whether torch.export or an ONNX export traces the code, which then takes plain torch operations.
 
-    `torch.compiler.is_exporting()` itself is true in every compiled program before torch 2.12: Dynamo folds it.
+    `torch.compiler.is_exporting()` itself is true in every program that torch 2.11 compiles: its Dynamo folds it.
     """
     return torch.compiler._is_exporting_flag
 

@@ -82,6 +82,14 @@ def _side(name: str, scenario: Scenario) -> int:
     return timm.models.get_pretrained_cfg_value(name, 'input_size')[-1]
 
 
+@torch.no_grad()
+def _redraw_zeros(model: nn.Module) -> None:
+    """Small random numbers for parameters that are all zero: networks begin with gains of 0, and zeros run faster."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and not parameter.any():
+            parameter.normal_(std=0.02)
+
+
 def _fused(model: nn.Module) -> nn.Module:
     """With every normalisation and branch folded that the model knows how to fold."""
     if hasattr(model, 'fuse'):
@@ -94,6 +102,7 @@ def _step(name: str, scenario: Scenario, args: argparse.Namespace) -> tuple[Call
     torch.manual_seed(0)
     side, layout = _side(name, scenario), torch.contiguous_format
     model = build(name, img_size=(side, side))
+    _redraw_zeros(model)
     last = _listed(name, args.channels_last)
     if last:
         layout = torch.channels_last
