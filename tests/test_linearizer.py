@@ -2,8 +2,6 @@
 
 import copy
 import json
-import subprocess
-import sys
 
 import peft
 import pytest
@@ -80,12 +78,6 @@ def test_family(family, layers, tmp_path):
     assert AutoConfig.from_pretrained(tmp_path).model_type == f'linearized_{family}'
 
 
-def test_import_stays_cheap():
-    code = 'import sys, zoo; assert callable(zoo.linearize); assert "zoo.vlm" not in sys.modules; import zoo.linearizer'
-    code += '; assert not {"peft", "lightning", "transformers.models.llava"} & set(sys.modules)'
-    subprocess.run([sys.executable, '-c', code], check=True)
-
-
 def test_seeds_and_sharing():
     teacher = build('llama')
     one, two = zoo.linearize(teacher, seed=4), zoo.linearize(teacher, layers=[2], seed=4)
@@ -139,7 +131,7 @@ def test_capture(family):
             heads.shape == seen.heads[i].shape == (*batch['input_ids'].shape, 4, 16) and not seen.heads[i].requires_grad
         )
         outputs = []
-        handle = layer.self_attn.register_forward_hook(lambda *a: outputs.append(a[2][0]))
+        handle = layer.self_attn.register_forward_hook(lambda *a, outputs=outputs: outputs.append(a[2][0]))
         with torch.no_grad():
             teacher(**batch)
         handle.remove()

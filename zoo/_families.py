@@ -154,11 +154,10 @@ def check_teacher(model: Any) -> type[PreTrainedModel]:
     kind = model.config.model_type
     if kind.startswith('linearized_'):
         raise ZooError('the teacher is linearised already: start from the softmax model')
-    if kind in REFUSED:
-        raise ZooError(f'{kind} cannot be linearised: {REFUSED[kind]}')
-    text_kind = getattr(model.config.get_text_config(decoder=True), 'model_type', kind)
-    if text_kind in REFUSED:
-        raise ZooError(f'{kind} with a {text_kind} decoder cannot be linearised: {REFUSED[text_kind]}')
+    for name in (kind, model.config.get_text_config(decoder=True).model_type):
+        reason = REFUSED.get(name.removesuffix('_text'))
+        if reason:
+            raise ZooError(f'{kind} cannot be linearised: {reason}')
     if kind not in FAMILIES:
         raise ZooError(f'{kind} is not among the families that can be linearised: {", ".join(sorted(FAMILIES))}')
     if not isinstance(model, getattr(transformers, FAMILIES[kind])):
@@ -206,14 +205,20 @@ class _Linearized:
             install(self, config.linearizer)
 
     @torch.no_grad()
-    def _init_weights(self, module):
-        """Seeds what a checkpoint lacks; `from_pretrained` marks the tensors that it has read."""
-        super()._init_weights(module)
-        if isinstance(module, Mixer):
-            read = {p: p.clone() for p in module.parameters() if getattr(p, '_is_hf_initialized', False)}
-            module.seed_parameters(torch.Generator().manual_seed(module.layer_idx))
+    def initialize_weights(self):
+        """Seeds what a checkpoint lacks of a mixer; transformers, which marks what it has read, does the rest."""
+        for mixer in self.modules():
+            parameters = list(mixer.parameters()) if isinstance(mixer, Mixer) else []
+            if all(getattr(p, '_is_hf_initialized', False) for p in parameters):
+                continue
+            read = {p: p.clone() for p in parameters if getattr(p, '_is_hf_initialized', False)}
+            mixer.seed_parameters(torch.Generator().manual_seed(mixer.layer_idx))
             for parameter, value in read.items():
                 parameter.copy_(value)
+            roles = mixer.parameter_roles()
+            for name, parameter in mixer.named_parameters():
+                parameter._is_hf_initialized = roles[name] == 'new' or parameter in read
+        super().initialize_weights()
 
 
 def _auto_class(kind: str):
