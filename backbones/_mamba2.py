@@ -159,7 +159,7 @@ class Mamba2Mixer(Mixer):
             x = F.silu(vkq)
         else:
             past = None if state is None else state.columns()
-            x = F.silu(_causal_conv(vkq, self.conv1d.weight, self.conv1d.bias, past))
+            x = F.silu(causal_conv(vkq, self.conv1d.weight, self.conv1d.bias, past))
             if state is not None:
                 state.push_columns(vkq, self.conv_width)
         kv = self.num_kv_heads * self.head_dim
@@ -181,13 +181,13 @@ class Mamba2Mixer(Mixer):
         return y
 
 
-def _causal_conv(x: Tensor, weight: Tensor, bias: Tensor, past: Tensor | None) -> Tensor:
+def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None) -> Tensor:
     """Depthwise causal convolution of x (B, L, C) by weight (C, 1, W) after the columns `past` (B, C, W) or zeros."""
     width = weight.shape[-1]
     before = x.new_zeros(x.shape[0], width - 1, x.shape[2]) if past is None else past[..., 1:].transpose(1, 2)
     padded = torch.cat((before, x), 1)
     taps = weight[:, 0].unbind(-1)
-    out = torch.addcmul(bias, x, taps[-1])
+    out = x * taps[-1] if bias is None else torch.addcmul(bias, x, taps[-1])
     for i in range(width - 1):
         out = torch.addcmul(out, padded[:, i : i + x.shape[1]], taps[i])
     return out
