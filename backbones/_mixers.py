@@ -21,12 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
-from zoo.backbones._mamba2 import Mamba2Mixer, causal_conv
+from zoo.backbones._mamba2 import Mamba2Mixer, convolve
 from zoo.backbones._mixer import Mixer
 from zoo.backbones._state import LinearStateLayer
 from zoo.kernels.gated_delta import gated_delta_rule
 from zoo.kernels.gla import gated_linear_attention
-from zoo.kernels.norm import rms_norm
+from zoo.kernels.norm import gated_rms_norm
 
 __all__ = ['MIXERS', 'GLAMixer', 'GatedDeltaNetMixer', 'HedgehogMixer']
 
@@ -358,7 +358,7 @@ class GatedDeltaNetMixer(Mixer):
         if state is not None:
             state.store_recurrent(final)
             state.advance(length)
-        return rms_norm(o, self.o_norm.weight, self.norm_eps) * F.silu(self.g_proj(hidden_states).view(o.shape))
+        return gated_rms_norm(o, self.o_norm.weight, self.g_proj(hidden_states).view(o.shape), self.norm_eps)
 
     def _convolved(
         self, u: Tensor, visible: Tensor | None, state: LinearStateLayer | None
@@ -369,11 +369,8 @@ class GatedDeltaNetMixer(Mixer):
         if self.conv1d is not None:
             x = torch.cat((q, k, v), 2).flatten(2)
             x = x if visible is None else x.masked_fill(~visible.unsqueeze(-1), 0)
-            out = causal_conv(x, self.conv1d.weight, None, None if state is None else state.columns())
-            if state is not None:
-                state.push_columns(x, self.conv_width)
-            kv = self.num_kv_heads
-            q, k, v = out.unflatten(-1, (-1, self.head_dim)).split((self.num_heads, kv, kv), 2)
+            x = convolve(x, self.conv1d, self.activation, state).unflatten(-1, (-1, self.head_dim))
+            return x.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), 2)
         return tuple(F.silu(t) if self.activation else t for t in (q, k, v))
 
 
