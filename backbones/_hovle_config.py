@@ -173,6 +173,12 @@ _TURN_ENDS = (2, 1163, 92543, 92542)
 _PUBLISHED_DECODER = {'rms_norm_eps': 1e-5, 'rope_theta': 1000000.0}
 
 
+def _listed(values: dict[str, Any]) -> dict[str, Any]:
+    """A copy with `architectures` as a list: published files of mmMamba hold a string, which transformers refuses."""
+    names = values.get('architectures')
+    return {**values, 'architectures': [names]} if isinstance(names, str) else dict(values)
+
+
 class HoVLEConfig(PreTrainedConfig):
     """A HoVLE checkpoint's config.json; without arguments the published 2.6 B model.
 
@@ -220,13 +226,11 @@ class HoVLEConfig(PreTrainedConfig):
             )
         for name in _IGNORED:
             kwargs.pop(name, None)
-        if isinstance(self.architectures, str):
-            self.architectures = [self.architectures]
         for name, cls in self.parts.items():
             part = getattr(self, name)
             if part is None:
                 part = _PUBLISHED_DECODER if name == 'llm_config' else {}
-            setattr(self, name, cls(**part) if isinstance(part, dict) else part)
+            setattr(self, name, cls(**_listed(part)) if isinstance(part, dict) else part)
         if self.use_backbone_lora or self.use_llm_lora:
             raise ValueError('use_backbone_lora and use_llm_lora: attach adapters with peft instead')
         if self.embedding_config.hidden_size != self.llm_config.hidden_size:
@@ -235,6 +239,10 @@ class HoVLEConfig(PreTrainedConfig):
                 f'{self.llm_config.hidden_size}'
             )
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        return super().from_dict(_listed(config_dict), **kwargs)
 
     @property
     def num_embedding_layers(self) -> int:

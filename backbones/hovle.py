@@ -13,6 +13,7 @@ transformers' Auto classes; `zoo.backbones.mmmamba` is its linear student.
 from __future__ import annotations
 
 from dataclasses import fields
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -69,6 +70,20 @@ class HoVLEAttention(nn.Module):
         width = (self.num_heads + 2 * self.num_key_value_heads) * self.head_dim
         self.wqkv = nn.Linear(part.hidden_size, width, bias=part.qkv_bias)
         self.wo = nn.Linear(self.num_heads * self.head_dim, part.hidden_size, bias=part.qkv_bias)
+
+    def projections(self) -> dict[str, Any]:
+        """`q_proj`, `k_proj`, `v_proj` (rows of `wqkv` in head order, as copies) and `o_proj`: weight and bias each."""
+        rows = {}
+        for name in ('weight', 'bias'):
+            fused = getattr(self.wqkv, name)
+            if fused is None:
+                rows[name] = (None, None, None)
+                continue
+            groups = fused.detach().unflatten(0, (self.num_key_value_heads, -1, self.head_dim))
+            q, k, v = groups[:, :-2].flatten(0, 2), groups[:, -2].flatten(0, 1), groups[:, -1].flatten(0, 1)
+            rows[name] = (q.clone(), k.clone(), v.clone())
+        parts = [SimpleNamespace(weight=w, bias=b) for w, b in zip(rows['weight'], rows['bias'])]
+        return dict(zip(('q_proj', 'k_proj', 'v_proj', 'o_proj'), (*parts, self.wo)))
 
     def forward(
         self,
@@ -293,6 +308,10 @@ class HoVLEForConditionalGeneration(HoVLEGeneration, HoVLEPreTrainedModel, Gener
     def layers(self) -> list[HoVLELayer]:
         """All layers in order: those of the embedding module, then the decoder's."""
         return [*self.embedding_model.encoder, *self.language_model.model.layers]
+
+    def modules_with_rotary(self) -> tuple[nn.Module, nn.Module]:
+        """The two stacks, each of which has its own `rotary_emb`."""
+        return self.embedding_model, self.language_model.model
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embedding_model.llm_text_embeddings
