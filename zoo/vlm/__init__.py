@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
+from zoo import _families
 from zoo.backbones._mmmamba_layout import register_layout
 from zoo.backbones.hovle import HoVLEConfig, HoVLEForConditionalGeneration
 from zoo.backbones.mmmamba import HoVLELinearForConditionalGeneration, MMMambaConfig, from_hovle
@@ -37,6 +38,7 @@ def register() -> None:
         for auto in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
             auto.register(config, model, exist_ok=True)
     register_layout(MMMambaConfig.model_type)
+    _families.register()
 
 
 register()
