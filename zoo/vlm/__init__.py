@@ -18,6 +18,7 @@ from zoo import _families
 from zoo.backbones._mmmamba_layout import register_layout
 from zoo.backbones.hovle import HoVLEConfig, HoVLEForConditionalGeneration
 from zoo.backbones.mmmamba import HoVLELinearForConditionalGeneration, MMMambaConfig, from_hovle
+from zoo.vlm import processing
 
 __all__ = [
     'HoVLEConfig',
@@ -32,13 +33,14 @@ MODELS = {HoVLEConfig: HoVLEForConditionalGeneration, MMMambaConfig: HoVLELinear
 
 
 def register() -> None:
-    """Register configs and models with transformers; importing this module does it, calling it again is harmless."""
+    """Register configs, models and processors with transformers; importing this module does it, calling it again is harmless."""
     for config, model in MODELS.items():
         AutoConfig.register(config.model_type, config, exist_ok=True)
         for auto in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
             auto.register(config, model, exist_ok=True)
     register_layout(MMMambaConfig.model_type)
     _families.register()
+    processing.register(*MODELS)
 
 
 register()
