@@ -70,7 +70,7 @@ def linearize(
 
     if mixer not in MIXERS:
         raise ZooError(f'unknown mixer {mixer!r}: choose one of {", ".join(MIXERS)}')
-    if getattr(getattr(teacher, 'config', None), 'model_type', None) == 'hovle_chat':
+    if hasattr(teacher, 'embedding_model') and teacher.config.model_type == 'internvl_chat':
         return _native_student(teacher, mixer, layers, mixer_kwargs, share_frozen, seed)
     from zoo._families import VERSION, check_teacher
 
