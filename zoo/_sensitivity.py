@@ -81,10 +81,10 @@ def sensitivity(
 ) -> Sensitivity:
     """How much the logits move when one layer alone becomes linear.
 
-    Costs 1 + layers forward passes for each batch, and the memory of one batch's logits twice.
+    Costs 1 + layers forward passes for each batch. The teacher is in evaluation mode while this runs.
 
     Args:
-        teacher: the softmax model; put into evaluation mode while this runs.
+        teacher: the softmax model.
         calibration: model inputs as keyword dictionaries, moved to the teacher's device.
         mixer: what replaces the layers.
         mixer_kwargs: its options.
@@ -108,26 +108,26 @@ def sensitivity(
     own = mixers(probe)
     if len(own) != len(layers):
         raise ZooError(f'sensitivity needs a student with all {len(layers)} layers linear, this one has {len(own)}')
-    names = [attention_name(layer) for layer in layers]
-    slots = decoder_layers(probe)
+    slots = [(layer, attention_name(layer)) for layer in decoder_layers(probe)]
+    originals = [getattr(layer, attention_name(layer)) for layer in layers]
     modes = {model: model.training for model in (teacher, probe)}
     totals, tokens = [0.0] * len(layers), 0
     try:
         for model in modes:
             model.eval()
-        for layer, slot, name in zip(layers, slots, names):
-            setattr(slot, name, getattr(layer, name))
+        for (slot, name), original in zip(slots, originals):
+            setattr(slot, name, original)
         for batch in tqdm(batches, desc='sensitivity', unit='batch', disable=None):
             batch = _on(batch, next(teacher.parameters()).device)
             expected, weight = teacher(**batch, use_cache=False).logits, _weight(batch)
             tokens += int(weight.sum()) if weight is not None else expected.shape[0] * expected.shape[1]
-            for i, (layer, slot, name) in enumerate(zip(layers, slots, names)):
+            for i, (slot, name) in enumerate(slots):
                 setattr(slot, name, own[i])
                 mark_linear(probe, [i])
                 totals[i] += _kl(expected, probe(**batch, use_cache=False).logits, weight)
-                setattr(slot, name, getattr(layer, name))
+                setattr(slot, name, originals[i])
     finally:
-        for i, (slot, name) in enumerate(zip(slots, names)):
+        for i, (slot, name) in enumerate(slots):
             setattr(slot, name, own[i])
         mark_linear(probe, list(own))
         for model, mode in modes.items():

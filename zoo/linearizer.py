@@ -69,8 +69,7 @@ def linearize(
         mixer_kwargs: options of the mixer, see `zoo.backbones._mixers`.
         calibration: model inputs (a list of keyword dictionaries) for a number of softmax layers.
         report: folder for the sensitivities behind that choice, as JSON and as a plot.
-        share_frozen: let everything but the mixers share memory with the teacher, for distillation; these tensors do
-            not require gradients. Otherwise the student is a copy of its own.
+        share_frozen: everything but the mixers shares memory with the teacher and does not require gradients.
         seed: of the mixers' random parameters; the same layer gets the same ones whatever the other layers are.
 
     Returns:
