@@ -52,7 +52,7 @@ class Sensitivity:
         from matplotlib.figure import Figure
 
         linear = set(range(len(self.kl)) if softmax is None else self.linear_layers(softmax))
-        figure = Figure(figsize=(max(4.0, 0.25 * len(self.kl) + 2), 3.2), layout='constrained')
+        figure = Figure(figsize=(max(4.8, 0.25 * len(self.kl) + 2), 3.4), layout='constrained')
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         axes.bar(range(len(self.kl)), self.kl, color=['C0' if i in linear else 'C1' for i in range(len(self.kl))])
@@ -63,7 +63,7 @@ class Sensitivity:
         axes.set_xlabel('decoder layer')
         axes.set_ylabel('KL to the teacher, nats a token')
         state = 'trained' if self.trained else 'seeded'
-        axes.set_title(f'one layer replaced by {self.mixer} ({state}), {self.tokens} tokens', fontsize='medium')
+        axes.set_title(f'one layer replaced by {self.mixer} ({state})\n{self.tokens} tokens', fontsize='medium')
         partial = Path(f'{path}.part')
         figure.savefig(partial, dpi=120, format='png')
         os.replace(partial, path)
@@ -99,9 +99,7 @@ def sensitivity(
     from zoo._families import attention_name, mark_linear
     from zoo.linearizer import decoder_layers, linearize, mixers
 
-    batches = list(calibration)
-    if not batches or not all(hasattr(batch, 'keys') and hasattr(batch, 'items') for batch in batches):
-        raise ZooError('calibration must be a non-empty list of dictionaries of model inputs (input_ids, ...)')
+    batches = _checked(calibration)
     layers = decoder_layers(teacher)
     trained = student is not None
     probe = student if trained else linearize(teacher, mixer, mixer_kwargs=mixer_kwargs, share_frozen=True, seed=seed)
@@ -133,6 +131,13 @@ def sensitivity(
         for model, mode in modes.items():
             model.train(mode)
     return Sensitivity(tuple(t / max(tokens, 1) for t in totals), tokens, mixer, trained)
+
+
+def _checked(calibration: Iterable[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    batches = list(calibration)
+    if not batches or not all(hasattr(batch, 'keys') and hasattr(batch, 'items') for batch in batches):
+        raise ZooError('calibration must be a non-empty list of dictionaries of model inputs (input_ids, ...)')
+    return batches
 
 
 def _on(batch, device: torch.device) -> dict[str, Any]:
