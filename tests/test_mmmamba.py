@@ -313,7 +313,7 @@ import zoo.vlm
 from transformers import AutoModelForImageTextToText
 
 def resident():
-    return next(int(line.split()[1]) * 1024 for line in open('/proc/self/status') if line.startswith('VmRSS'))
+    return next(int(line.split()[1]) * 1024 for line in open('/proc/self/status') if line.startswith(sys.argv[3]))
 
 torch.zeros(1) + 1
 start, peak, done = resident(), 0, False
@@ -334,8 +334,9 @@ print(peak / size, size)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
-def test_loading_holds_the_weights_once(tmp_path, dtype):
+@pytest.mark.parametrize('dtype, memory', [('bfloat16', 'VmRSS'), ('float32', 'RssAnon')])
+def test_loading_holds_the_weights_once(tmp_path, dtype, memory):
+    """With a change of dtype, the file's own pages do not count: they are the kernel's to drop."""
     sizes = dict(hidden_size=1024, intermediate_size=4096, num_attention_heads=8, num_key_value_heads=4)
     made = config(
         embedding_config=dict(sizes, num_hidden_layers=2, llm_hidden_size=1024),
@@ -343,7 +344,7 @@ def test_loading_holds_the_weights_once(tmp_path, dtype):
     )
     net = HoVLELinearForConditionalGeneration(student_config(made, [0, 1, 3, 4, 5]))
     net.bfloat16().save_pretrained(tmp_path, max_shard_size='70MB')
-    env_command = [sys.executable, '-c', PEAK, str(tmp_path), dtype]
+    env_command = [sys.executable, '-c', PEAK, str(tmp_path), dtype, memory]
     out = subprocess.run(env_command, capture_output=True, text=True, check=True).stdout.split()
     assert int(out[1]) > 150e6 and float(out[0]) <= 1.3
 
