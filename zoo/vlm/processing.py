@@ -8,7 +8,6 @@ cut in reading order, append the whole image as a thumbnail when there are sever
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
@@ -56,10 +55,11 @@ CHAT_TEMPLATES = {
 }
 
 
-def _network_errors() -> tuple[type[Exception], ...]:
-    """What a download can raise, if the library for it is there at all."""
-    httpx = sys.modules.get('httpx')
-    return (httpx.HTTPError, httpx.InvalidURL) if httpx else ()
+def _download(url: str) -> Image.Image:
+    try:
+        return load_image(url)
+    except Exception as error:  # the client behind it has a dozen types of its own
+        raise OSError(f'{type(error).__name__}: {error}') from error
 
 
 def read_image(source: Any) -> Image.Image:
@@ -73,11 +73,11 @@ def read_image(source: Any) -> Image.Image:
     """
     try:
         if isinstance(source, str) and source.startswith(('http://', 'https://', 'data:image/')):
-            return load_image(source)
+            return _download(source)
         opened = BytesIO(source) if isinstance(source, (bytes, bytearray)) else source
         image = opened if isinstance(opened, Image.Image) else Image.open(opened)
         return ImageOps.exif_transpose(image).convert('RGB')
-    except (*UNREADABLE, *_network_errors()) as error:
+    except UNREADABLE as error:
         shown = str(source)[:200] if isinstance(source, (str, Path)) else f'({type(source).__name__})'
         raise ZooError(f'cannot read image {shown}: {str(error)[:200]}') from error
 
