@@ -142,7 +142,7 @@ def test_image_tokens_and_left_padding(processor):
         (dict(text=['<image>', 'b'], images=[[], [noise(20, 20)]]), 'text 0 has 1 <image>, but 0 images'),
         (dict(text=['<image>', 'b'], images=[[noise(20, 20)]]), '1 lists of images for 2 texts'),
         (dict(text='<image>', images='missing.png'), 'cannot read image missing.png'),
-        (dict(text='<IMG_CONTEXT>'), 'holds <IMG_CONTEXT>'),
+        (dict(text='<img><IMG_CONTEXT><IMG_CONTEXT></img>', images=noise(9, 9)), 'once for an image'),
         (dict(text='a long text', max_length=3), 'max_length is 3'),
         (dict(text='<image>', images=noise(20, 20), max_length=99, truncation=True), '256 of them of images'),
     ],
@@ -169,7 +169,7 @@ def test_chat_template(processor):
         {'role': 'user', 'content': 'Sure?'},
     ]
     expected = (
-        f'<|im_start|>system\n{SYSTEM_MESSAGE}<|im_end|><|im_start|>user\n<image>\nWhat?<|im_end|>'
+        f'<|im_start|>system\n{SYSTEM_MESSAGE}<|im_end|><|im_start|>user\n<IMG_CONTEXT>\nWhat?<|im_end|>'
         '<|im_start|>assistant\nA cat.<|im_end|><|im_start|>user\nSure?<|im_end|>'
     )
     assert processor.apply_chat_template(messages, tokenize=False) == expected
