@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from vlm_folders import tiny_llava
+from vlm_folders import tiny_llava, tiny_mmmamba
 
 from zoo.cli import main
 from zoo.errors import ZooError
@@ -85,6 +85,23 @@ def test_results_by_hand(llava, data, tmp_path, capsys):
     assert row['tokens'] == 2 and row['nll'] == pytest.approx(expected, rel=1e-4)
     total = sum(r['nll'] for r in rows) / sum(r['tokens'] for r in rows)
     assert results['all']['perplexity'] == pytest.approx(2.718281828**total, rel=1e-4)
+
+
+@pytest.mark.parametrize('hybrid', [False, True], ids=['linear', 'hybrid'])
+def test_our_own_model_from_its_published_layout(hybrid, data, tmp_path):
+    """Batches padded on the left answer as single questions do, whatever the number of tiles."""
+    folder = tmp_path / 'model'
+    folder.mkdir()
+    tiny_mmmamba(folder, hybrid)
+    out = tmp_path / 'out'
+    assert run(folder, data, '--output', str(out), '--metrics', 'exact', 'perplexity', '--batch-size', '5') == 0
+    rows = [json.loads(line) for line in (out / 'predictions.jsonl').read_text().splitlines()]
+    model, processor = load_vlm(folder, 'cpu')
+    for row, colour in zip(sorted(rows, key=lambda row: row['name'])[:3], COLOURS):
+        asked = Conversation([('user', row['question'])], [data.parent / f'{colour}.png'])
+        assert answer(model, processor, [asked], max_new_tokens=3) == [row['said']]
+    results = json.loads((out / 'results.json').read_text())
+    assert results['all']['questions'] == 6 and results['bad_rows'] == 5 and results['all']['perplexity'] > 1
 
 
 def test_a_model_that_knows_the_answer(llava, data, tmp_path, monkeypatch):

@@ -113,5 +113,5 @@ def test_errors_name_the_file(tmp_path):
     config = json.loads((tmp_path / 'tokenizer_config.json').read_text())
     config['added_tokens_decoder']['999'] = {'content': '<img>'}
     (tmp_path / 'tokenizer_config.json').write_text(json.dumps(config))
-    with pytest.raises(ZooError, match="'<img>' has two ids"):
+    with pytest.raises(ZooError, match="'<img>' of the tokenizer has two ids"):
         InternLM2Tokenizer.from_pretrained(tmp_path)

@@ -131,3 +131,28 @@ def tiny_llava(folder, chat_template=True):
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return model, processor
+
+
+def tiny_mmmamba(folder, hybrid=False):
+    """A student of a HoVLE with random weights, in the published layout: config.json, weights, tokenizer.model."""
+    import torch
+
+    from zoo.vlm import HoVLEConfig, HoVLEForConditionalGeneration, from_hovle
+
+    model, ids = published_tokenizer(folder)
+    size = model.get_piece_size() + len(BEHIND)
+    part = {'hidden_size': 32, 'intermediate_size': 64, 'num_attention_heads': 4, 'num_key_value_heads': 2}
+    first = {'num_hidden_layers': 2, 'patch_size': 7, 'image_size': 28, 'llm_vocab_size': size, 'llm_hidden_size': 32}
+    config = HoVLEConfig(
+        embedding_config=part | first | {'img_context_token_id': ids['<IMG_CONTEXT>'], 'initializer_range': 0.3},
+        llm_config=part | {'num_hidden_layers': 2, 'vocab_size': size, 'pad_token_id': 2, 'initializer_range': 0.3},
+        force_image_size=28,
+        dynamic_image_size=True,
+        use_thumbnail=True,
+        max_dynamic_patch=4,
+        template='internlm2-chat',
+    )
+    torch.manual_seed(0)
+    student = from_hovle(HoVLEForConditionalGeneration(config).eval(), [1, 3] if hybrid else None)
+    student.save_pretrained(folder)
+    return student
