@@ -428,7 +428,7 @@ class HoVLEForConditionalGeneration(HoVLEGeneration, HoVLEPreTrainedModel, Gener
     def _choose_cache(self, use_cache: bool | None, cache: Cache | None) -> tuple[bool, Cache | None]:
         trains = self.training and torch.is_grad_enabled()
         use_cache = self.config.use_cache and not trains if use_cache is None else use_cache
-        if use_cache and cache is None and not (trains and self.is_gradient_checkpointing):
+        if use_cache and cache is None and not (trains and self.layers[0].gradient_checkpointing):
             cache = DynamicCache(config=self.config)
         return use_cache, cache
 
