@@ -18,9 +18,10 @@ from timm.layers import DropPath, to_2tuple, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_function
 from torch import Tensor, nn
 from zoo.backbones._features import PyramidMixin, TokenMixin, squeeze_linears, unwrap_checkpoint
-from zoo.backbones._layers import LayerNorm, LayerNorm2d, RMSNorm
+from zoo.backbones._layers import LayerNorm, LayerNorm2d, RMSNorm, is_bare
 from zoo.backbones._vig_block import HierSwiGLU, SwiGLU, ViGMixer, ViGPreNormBlock, swiglu_width
 from zoo.kernels import _dispatch
+from zoo.kernels.conv_norm import conv_norm, fits_conv_norm
 
 __all__ = ['HierViG', 'ViG', 'ViGMixer']
 
@@ -61,25 +62,67 @@ class ViGPatchEmbed(nn.Module):
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """Token grid (h, w) of an image (H, W)."""
-        return tuple(((n + 1 - self.half) // self.half) // 2 + 1 for n in size)
+        return self.second_grid(tuple((n + 1 - self.half) // self.half + 1 for n in size))
+
+    @staticmethod
+    def second_grid(size: tuple[int, int]) -> tuple[int, int]:
+        """Token grid from the size of the map between the convolutions."""
+        return tuple((n - 1) // 2 + 1 for n in size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).permute(0, 2, 3, 1)
+        return self.add_to(x, None, (0, 0))
+
+    def add_to(self, x: Tensor, pos_embed: Tensor | None, grid: tuple[int, int]) -> Tensor:
+        """Embedded images, with a position table (1, N, C) of `grid` added if there is one."""
+        conv, norm, act, conv2, norm2 = self.proj
+        if all(is_bare(module) for module in (self.proj, *self.proj)) and fits_conv_norm(x, conv.weight):
+            x = _conv_norm(x, conv, norm, 'silu')
+            if fits_conv_norm(x, conv2.weight):
+                table = None
+                if pos_embed is not None:
+                    table = position_table(pos_embed, grid, self.second_grid(x.shape[1:3])).flatten(0, 1)
+                return _conv_norm(x.permute(0, 3, 1, 2), conv2, norm2, None, table)
+            x = norm2(conv2(x.permute(0, 3, 1, 2)))
+        else:
+            x = self.proj(x)
+        x = x.permute(0, 2, 3, 1)
+        return x if pos_embed is None else add_pos_embed(x, pos_embed, grid)
+
+
+def _conv_norm(x: Tensor, conv: nn.Conv2d, norm: LayerNorm2d, activation: str | None, table: Tensor | None = None):
+    return conv_norm(
+        x,
+        conv.weight,
+        conv.bias,
+        norm.weight,
+        norm.bias,
+        eps=norm.eps,
+        stride=conv.stride[0],
+        padding=conv.padding[0],
+        activation=activation,
+        table=table,
+        dtype=torch.promote_types(x.dtype, norm.weight.dtype) if norm.starts_stream else None,
+    )
+
+
+def position_table(pos_embed: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """A position table (1, N, C) of `grid` as (h, w, C) for another size, resampled (bicubic) where they differ."""
+    table = pos_embed.unflatten(1, grid)
+    # Exported programs always resample: a size that is only known at run time cannot choose.
+    if _dispatch.exporting() or tuple(size) != tuple(grid):
+        table = F.interpolate(
+            table.to(torch.promote_types(table.dtype, torch.float32)).permute(0, 3, 1, 2),
+            size=size,
+            mode='bicubic',
+            align_corners=False,
+        ).permute(0, 2, 3, 1)
+    return table[0]
 
 
 @register_notrace_function
 def add_pos_embed(x: Tensor, pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Add a position table (1, N, C) of `grid` to a map (B, h, w, C), resampled (bicubic) where the grids differ."""
-    table = pos_embed.unflatten(1, grid)
-    # Exported programs always resample: a size that is only known at run time cannot choose.
-    if _dispatch.exporting() or tuple(x.shape[1:3]) != tuple(grid):
-        table = F.interpolate(
-            table.to(torch.promote_types(table.dtype, torch.float32)).permute(0, 3, 1, 2),
-            size=x.shape[1:3],
-            mode='bicubic',
-            align_corners=False,
-        ).permute(0, 2, 3, 1)
-    return x + table.to(x.dtype)
+    """Add a position table (1, N, C) of `grid` to a map (B, h, w, C), resampled where the grids differ."""
+    return x + position_table(pos_embed, grid, x.shape[1:3]).to(x.dtype)
 
 
 class ViGBlock(ViGPreNormBlock):
@@ -184,8 +227,9 @@ class ViG(TokenMixin, nn.Module):
 
     def embed(self, x: Tensor) -> Tensor:
         """Images (B, 3, H, W) to embedded tokens (B, h, w, C)."""
-        x = self.patch_embed(x)
-        return add_pos_embed(x, self.pos_embed, self.grid_size)
+        if not is_bare(self.patch_embed):
+            return add_pos_embed(self.patch_embed(x), self.pos_embed, self.grid_size)
+        return self.patch_embed.add_to(x, self.pos_embed, self.grid_size)
 
 
 class HierBlock(ViGPreNormBlock):

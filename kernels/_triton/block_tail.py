@@ -41,7 +41,7 @@ def config(dtype: torch.dtype, C: int) -> Config:
     """The fixed table of block sizes; every row has a case in tests/gpu/check_block_tail.py."""
     if interpreting():
         return Config(16, 16, 4, 2)
-    return Config(128, 64, 8, 2)
+    return Config(64, 64, 4, 2) if C <= 128 else Config(128, 64, 8, 2)
 
 
 def pieces(C: int) -> tuple[int, int]:
@@ -62,12 +62,12 @@ def unsupported(dtype: torch.dtype, C: int, V: int, M: int) -> str | None:
 
 
 @triton.jit
-def _row(x, cols, C: tl.constexpr):
+def row(x, cols, C: tl.constexpr):
     return tl.load(x + cols, mask=cols < C, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit
-def _norm(x1, x2, c1, c2, weight, bias, eps, C: tl.constexpr, TWO: tl.constexpr, CENTER: tl.constexpr):
+def norm_pieces(x1, x2, c1, c2, weight, bias, eps, C: tl.constexpr, TWO: tl.constexpr, CENTER: tl.constexpr):
     """Norm of rows in two pieces, the second one zero beyond C, in fp32."""
     if CENTER:
         mean = tl.sum(x1, 1)
@@ -79,13 +79,13 @@ def _norm(x1, x2, c1, c2, weight, bias, eps, C: tl.constexpr, TWO: tl.constexpr,
     if TWO:
         total += tl.sum(x2 * x2, 1)
     scale = tl.rsqrt(total / C + eps)[:, None]
-    x1 = x1 * scale * _row(weight, c1, C)
+    x1 = x1 * scale * row(weight, c1, C)
     if TWO:
-        x2 = x2 * scale * _row(weight, c2, C)
+        x2 = x2 * scale * row(weight, c2, C)
     if bias is not None:
-        x1 += _row(bias, c1, C)
+        x1 += row(bias, c1, C)
         if TWO:
-            x2 += _row(bias, c2, C)
+            x2 += row(bias, c2, C)
     return x1, x2
 
 
@@ -108,14 +108,14 @@ def block_tail_kernel(
         acc2 = load_tile(stream, rows, c2, SS, ok, C, B1 + B2).to(tl.float32)
     # The mix of one head after the other, times its columns of the output projection.
     cols = tl.arange(0, V)
-    wg = _row(w_global, cols, V)
-    wl = _row(w_local, cols, V)
+    wg = row(w_global, cols, V)
+    wl = row(w_local, cols, V)
     for h in tl.range(0, H, num_stages=STAGES):
         x = load_tile(o + h * V, rows, cols, SO, ok, V, V).to(tl.float32)
         l = load_tile(local + h * V, rows, cols, SL, ok, V, V).to(tl.float32)
         s = load_tile(gate + h * V, rows, cols, SG, ok, V, V).to(tl.float32)
         if gate_bias is not None:
-            s += _row(gate_bias + h * V, cols, V)
+            s += row(gate_bias + h * V, cols, V)
         m = mixture(x, l, tl.sigmoid(s), wg, wl, V, eps_mix, SILU).to(CT)
         w = load_tile(w_out + h * V, c1, cols, C, c1 < C, V, V).to(CT)
         acc1 = tl.dot(m, tl.trans(w), acc1, input_precision=PREC)
@@ -123,7 +123,7 @@ def block_tail_kernel(
             w = load_tile(w_out + h * V, c2, cols, C, c2 < C, V, V).to(CT)
             acc2 = tl.dot(m, tl.trans(w), acc2, input_precision=PREC)
 
-    y1, y2 = _norm(acc1, acc2, c1, c2, w_norm, b_norm, eps, C, TWO, CENTER)
+    y1, y2 = norm_pieces(acc1, acc2, c1, c2, w_norm, b_norm, eps, C, TWO, CENTER)
     y1 = y1.to(CT)
     y2 = y2.to(CT)
     hidden = tl.arange(0, BH)
@@ -154,7 +154,7 @@ def block_tail_kernel(
         store_tile(new, stored, rows, c2, C, ok, C, B1 + B2)
         acc2 = stored.to(tl.float32)
     if w_next is not None:
-        y1, y2 = _norm(acc1, acc2, c1, c2, w_next, b_next, eps_next, C, TWO, CENTER)
+        y1, y2 = norm_pieces(acc1, acc2, c1, c2, w_next, b_next, eps_next, C, TWO, CENTER)
         store_tile(y, y1, rows, c1, C, ok, B1, B1)
         if TWO:
             store_tile(y, y2, rows, c2, C, ok, C, B1 + B2)

@@ -2,8 +2,8 @@
 
     python tests/gpu/check_block_tail.py [--out FILE]
 
-Every width that takes the kernel, token counts that fill programs and that do not, strided gates, RMSNorm and LayerNorm,
-streams in fp32 and bf16, several seeds, on poisoned memory, twice for determinism, against the formula in fp64.
+Every width that takes the kernel, token counts that fill programs and that do not, strided gates, RMSNorm and
+LayerNorm, streams in fp32 and bf16, several seeds, on poisoned memory, twice for determinism, against fp64.
 """
 
 from __future__ import annotations
