@@ -70,22 +70,24 @@ class ViGPatchEmbed(nn.Module):
         return tuple((n - 1) // 2 + 1 for n in size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.add_to(x, None, (0, 0))
+        if self.is_fused(x):
+            return self.fused(x, None, (0, 0))
+        return self.proj(x).permute(0, 2, 3, 1)
 
-    def add_to(self, x: Tensor, pos_embed: Tensor | None, grid: tuple[int, int]) -> Tensor:
+    def is_fused(self, x: Tensor) -> bool:
+        """Whether the first convolution of these images and what follows it is one kernel."""
+        return all(is_bare(module) for module in (self.proj, *self.proj)) and fits_conv_norm(x, self.proj[0].weight)
+
+    def fused(self, x: Tensor, pos_embed: Tensor | None, grid: tuple[int, int]) -> Tensor:
         """Embedded images, with a position table (1, N, C) of `grid` added if there is one."""
-        conv, norm, act, conv2, norm2 = self.proj
-        if all(is_bare(module) for module in (self.proj, *self.proj)) and fits_conv_norm(x, conv.weight):
-            x = _conv_norm(x, conv, norm, 'silu')
-            if fits_conv_norm(x, conv2.weight):
-                table = None
-                if pos_embed is not None:
-                    table = position_table(pos_embed, grid, self.second_grid(x.shape[1:3])).flatten(0, 1)
-                return _conv_norm(x.permute(0, 3, 1, 2), conv2, norm2, None, table)
-            x = norm2(conv2(x.permute(0, 3, 1, 2)))
-        else:
-            x = self.proj(x)
-        x = x.permute(0, 2, 3, 1)
+        conv, norm, _, conv2, norm2 = self.proj
+        x = _conv_norm(x, conv, norm, 'silu')
+        if fits_conv_norm(x, conv2.weight):
+            table = None
+            if pos_embed is not None:
+                table = position_table(pos_embed, grid, self.second_grid(x.shape[1:3])).flatten(0, 1)
+            return _conv_norm(x.permute(0, 3, 1, 2), conv2, norm2, None, table)
+        x = norm2(conv2(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
         return x if pos_embed is None else add_pos_embed(x, pos_embed, grid)
 
 
@@ -227,9 +229,10 @@ class ViG(TokenMixin, nn.Module):
 
     def embed(self, x: Tensor) -> Tensor:
         """Images (B, 3, H, W) to embedded tokens (B, h, w, C)."""
-        if not is_bare(self.patch_embed):
-            return add_pos_embed(self.patch_embed(x), self.pos_embed, self.grid_size)
-        return self.patch_embed.add_to(x, self.pos_embed, self.grid_size)
+        if is_bare(self.patch_embed) and self.patch_embed.is_fused(x):
+            return self.patch_embed.fused(x, self.pos_embed, self.grid_size)
+        x = self.patch_embed(x)
+        return add_pos_embed(x, self.pos_embed, self.grid_size)
 
 
 class HierBlock(ViGPreNormBlock):
