@@ -13,7 +13,7 @@ from timm.layers import trunc_normal_
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
-from zoo.backbones._layers import Pending, PreNormBlock, add_pending, add_then_norm
+from zoo.backbones._layers import Normed, Pending, PreNormBlock, add_pending, add_then_norm
 
 __all__ = ['PyramidMixin', 'TokenMixin', 'squeeze_linears', 'unwrap_checkpoint']
 
@@ -158,7 +158,7 @@ class TokenMixin(_CommonMixin):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, 3, H, W) to normalised tokens (B, h w, C)."""
-        y, _ = add_then_norm(self.norm, *_run_pending(self, self.blocks, self.embed(x)))
+        y, _ = add_then_norm(self.norm, *_run_pending(self, self.blocks, self.embed(x), self.norm))
         return y.flatten(1, 2)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -338,14 +338,18 @@ def _run(model: nn.Module, blocks, x: Tensor) -> Tensor:
     return add_pending(*_run_pending(model, blocks, x))
 
 
-def _run_pending(model: nn.Module, blocks, x: Tensor) -> tuple[Tensor, Pending | None]:
-    """The stream after the blocks, and what of the last one is still to be added to it."""
+def _run_pending(
+    model: nn.Module, blocks, x: Tensor, norm: nn.Module | None = None
+) -> tuple[Tensor, Pending | Normed | None]:
+    """The stream after the blocks, and what of the last one is still to be added to it; `norm` comes after them."""
     if model.grad_checkpointing and model.training and len(blocks) and not torch.jit.is_scripting():
         return checkpoint_seq(blocks, x), None
     pending = None
-    for block in blocks:
-        if isinstance(block, PreNormBlock) and block.takes_pending():
-            x, pending = block.run_pending(x, pending)
+    joined = [block if isinstance(block, PreNormBlock) and block.takes_pending() else None for block in blocks]
+    following = [block and block.branches()[0][0] for block in joined[1:]] + [norm]
+    for block, own, next_norm in zip(blocks, joined, following):
+        if own is not None:
+            x, pending = own.run_pending(x, pending, next_norm)
         else:
             x, pending = block(add_pending(x, pending)), None
     return x, pending

@@ -17,12 +17,14 @@ from zoo.kernels.norm import layer_norm, rms_norm
 __all__ = [
     'LayerNorm',
     'LayerNorm2d',
+    'Normed',
     'Pending',
     'PreNormBlock',
     'RMSNorm',
     'add_pending',
     'add_then_norm',
     'draw_drop_path',
+    'is_bare',
 ]
 
 
@@ -36,6 +38,18 @@ class Pending(NamedTuple):
 
     branch: Tensor
     sample_scale: Tensor | None
+
+
+class Normed(NamedTuple):
+    """Nothing is pending, and the stream's norm is known already.
+
+    Args:
+        y: the normalised stream (B, ..., C).
+        norm: the module that y is the result of.
+    """
+
+    y: Tensor
+    norm: nn.Module
 
 
 @register_notrace_module
@@ -93,17 +107,19 @@ def _draw(branch: Tensor, keep: float, scale_by_keep: bool) -> Tensor:
     return scale.div_(keep) if keep and scale_by_keep else scale
 
 
-def add_pending(x: Tensor, pending: Pending | None) -> Tensor:
+def add_pending(x: Tensor, pending: Pending | Normed | None) -> Tensor:
     """The stream with what is pending added."""
-    if pending is None:
+    if not isinstance(pending, Pending):
         return x
     branch, scale = pending
     return x + (branch if scale is None else branch * scale)
 
 
-def add_then_norm(norm: nn.Module, x: Tensor, pending: Pending | None) -> tuple[Tensor, Tensor]:
+def add_then_norm(norm: nn.Module, x: Tensor, pending: Pending | Normed | None) -> tuple[Tensor, Tensor]:
     """The normalised stream and the stream, after adding what is pending."""
-    if pending is not None and isinstance(norm, (RMSNorm, LayerNorm)):
+    if isinstance(pending, Normed) and pending.norm is norm:
+        return pending.y, x
+    if isinstance(pending, Pending) and isinstance(norm, (RMSNorm, LayerNorm)):
         return norm(pending.branch, x, pending.sample_scale)
     x = add_pending(x, pending)
     return norm(x), x
@@ -122,8 +138,16 @@ class PreNormBlock(nn.Module):
         """(B, ..., C) to (B, ..., C)."""
         return add_pending(*self.run_pending(x, None))
 
-    def run_pending(self, x: Tensor, pending: Pending | None) -> tuple[Tensor, Pending | None]:
-        """The block between its neighbours: takes in what they left pending and leaves its last branch so."""
+    def run_pending(
+        self, x: Tensor, pending: Pending | Normed | None, next_norm: nn.Module | None = None
+    ) -> tuple[Tensor, Pending | Normed | None]:
+        """The block between its neighbours: takes in what they left pending and leaves its last branch so.
+
+        Args:
+            x: the stream (B, ..., C).
+            pending: what is to be added to it.
+            next_norm: what the stream meets next, for blocks that can do its work too.
+        """
         for norm, branch in self.branches():
             y, x = add_then_norm(norm, x, pending)
             pending = draw_drop_path(self.drop_path, branch(y))
@@ -131,4 +155,9 @@ class PreNormBlock(nn.Module):
 
     def takes_pending(self) -> bool:
         """Whether nothing has to happen at the borders of this block, such as a hook."""
-        return not self._forward_hooks and not self._forward_pre_hooks and self._compiled_call_impl is None
+        return is_bare(self)
+
+
+def is_bare(module: nn.Module) -> bool:
+    """Whether calling a module is calling its `forward`: no hooks, not compiled by itself."""
+    return not module._forward_hooks and not module._forward_pre_hooks and module._compiled_call_impl is None

@@ -18,138 +18,14 @@ from timm.layers import DropPath, to_2tuple, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_function
 from torch import Tensor, nn
 from zoo.backbones._features import PyramidMixin, TokenMixin, squeeze_linears, unwrap_checkpoint
-from zoo.backbones._layers import LayerNorm, LayerNorm2d, PreNormBlock, RMSNorm
+from zoo.backbones._layers import LayerNorm, LayerNorm2d, RMSNorm, is_bare
+from zoo.backbones._vig_block import HierSwiGLU, SwiGLU, ViGMixer, ViGPreNormBlock, swiglu_width
 from zoo.kernels import _dispatch
-from zoo.kernels.depthwise_conv import DepthwiseConv2d, depthwise_conv2d
-from zoo.kernels.gla import bidirectional_gla, gated_local_mix, log_gates
-from zoo.kernels.swiglu import swiglu
+from zoo.kernels.conv_norm import conv_norm, fits_conv_norm
 
 __all__ = ['HierViG', 'ViG', 'ViGMixer']
 
-GATE_LOGIT_NORMALIZER = 16
 XAVIER_GAIN = 2**-2.5
-
-for _op in (bidirectional_gla, depthwise_conv2d, gated_local_mix, log_gates, swiglu):
-    register_notrace_function(_op)
-
-
-class ViGMixer(nn.Module):
-    """Depthwise conv, bidirectional gated linear attention, 2D gated mixing with the conv's output.
-
-    Args:
-        dim: channels C; keys have C / 2.
-        num_heads: heads H; C must be a multiple of 2 H.
-        conv_act: SiLU after the depthwise conv (ViG-T only).
-        out_act: SiLU before the output projection (ViG-T only).
-        merge_scale: factor on the sum of the two directions. The reference's plain ViG trains with 1/2 and evaluates
-            with 1/4; it matters only through the eps of the norm that follows.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        conv_act: bool = False,
-        out_act: bool = False,
-        merge_scale: float = 0.5,
-        gate_rank: int = 16,
-        device=None,
-        dtype=None,
-    ):
-        super().__init__()
-        dd = dict(device=device, dtype=dtype)
-        if dim % (2 * num_heads):
-            raise ValueError(f'ViGMixer: dim = {dim} must be a multiple of 2 x num_heads = {2 * num_heads}')
-        self.num_heads, self.conv_act, self.out_act, self.merge_scale = num_heads, conv_act, out_act, merge_scale
-        self.in_proj = nn.Sequential(
-            DepthwiseConv2d(dim, bias=False, activation='silu' if conv_act else None, nhwc=True, **dd)
-        )
-        self.qkv_proj = nn.Linear(dim, 2 * dim, bias=False, **dd)
-        self.gk_proj = nn.Sequential(nn.Linear(dim, gate_rank, bias=False, **dd), nn.Linear(gate_rank, dim, **dd))
-        self.g_proj = nn.Linear(dim, dim, **dd)
-        self.g_norm = RMSNorm(dim // num_heads, **dd)
-        self.l_norm = RMSNorm(dim // num_heads, **dd)
-        self.o_proj = nn.Linear(dim, dim, bias=False, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, h, w, C) to (B, h, w, C)."""
-        batch, height, width, dim = x.shape
-        tokens = self.in_proj(x).reshape(batch, height * width, dim)
-        qkv, gate, gate_bias, r = self._project(tokens)
-        g_fwd, g_bwd = self._log_gates(r)
-
-        def heads(t: Tensor) -> Tensor:
-            return t.unflatten(-1, (self.num_heads, -1))
-
-        q, k, v = qkv.split((dim // 2, dim // 2, dim), -1)
-        scale = (dim // 2 // self.num_heads) ** -0.5 * self.merge_scale
-        o = bidirectional_gla(heads(q), heads(k), heads(v), heads(g_fwd), heads(g_bwd), scale=scale, merge='sum')
-        y = gated_local_mix(
-            o,
-            heads(tokens),
-            heads(gate),
-            self.g_norm.weight,
-            self.l_norm.weight,
-            self.g_norm.eps,
-            gate_logits=True,
-            gate_bias=gate_bias,
-            activation='silu' if self.out_act else None,
-        )
-        return self.o_proj(y.flatten(-2)).reshape(batch, height, width, dim)
-
-    def _project(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        """[q | k | v], the 2D gate's logits, what is to be added to them, and the log gates' low-rank logits."""
-        layers = (self.qkv_proj, self.g_proj, self.gk_proj[0])
-        if not all(_is_plain(layer) for layer in layers):
-            return self.qkv_proj(tokens), self.g_proj(tokens), None, self.gk_proj[0](tokens)
-        # One product for all three; its slices are read in place.
-        weights = [layer.weight for layer in layers]
-        qkv, gate, r = F.linear(tokens, torch.cat(weights)).split([len(w) for w in weights], -1)
-        return qkv, gate, self.g_proj.bias, r
-
-    def _log_gates(self, r: Tensor) -> tuple[Tensor, Tensor]:
-        layer = self.gk_proj[1]
-        if _is_plain(layer):
-            return log_gates(r, layer.weight, layer.bias, GATE_LOGIT_NORMALIZER)
-        return (F.logsigmoid(layer(r)) / GATE_LOGIT_NORMALIZER).chunk(2, -1)
-
-
-def _is_plain(layer: nn.Module) -> bool:
-    """Whether a layer is its weight and nothing else: neither an adapter, nor quantised, nor hooked."""
-    return (
-        type(layer) is nn.Linear
-        and type(layer.weight) in (nn.Parameter, Tensor)
-        and not layer._forward_hooks
-        and not layer._forward_pre_hooks
-    )
-
-
-def _swiglu_width(dim: int, multiple: int) -> int:
-    return math.ceil(int(dim * 4 * 2 / 3) / multiple) * multiple
-
-
-class SwiGLU(nn.Module):
-    """(SiLU(a) * b) W_out with [a | b] = x W_in, under plain ViG's key names."""
-
-    def __init__(self, dim: int, hidden: int, device=None, dtype=None):
-        super().__init__()
-        self.gate_proj = nn.Linear(dim, 2 * hidden, bias=False, device=device, dtype=dtype)
-        self.down_proj = nn.Linear(hidden, dim, bias=False, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(x)))
-
-
-class HierSwiGLU(nn.Module):
-    """`SwiGLU` under ViG-H's key names."""
-
-    def __init__(self, dim: int, hidden: int, device=None, dtype=None):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, 2 * hidden, bias=False, device=device, dtype=dtype)
-        self.fc2 = nn.Linear(hidden, dim, bias=False, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(swiglu(self.fc1(x)))
 
 
 class ChannelsLast(nn.Module):
@@ -186,28 +62,72 @@ class ViGPatchEmbed(nn.Module):
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """Token grid (h, w) of an image (H, W)."""
-        return tuple(((n + 1 - self.half) // self.half) // 2 + 1 for n in size)
+        return self.second_grid(tuple((n + 1 - self.half) // self.half + 1 for n in size))
+
+    @staticmethod
+    def second_grid(size: tuple[int, int]) -> tuple[int, int]:
+        """Token grid from the size of the map between the convolutions."""
+        return tuple((n - 1) // 2 + 1 for n in size)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.is_fused(x):
+            return self.fused(x, None, (0, 0))
         return self.proj(x).permute(0, 2, 3, 1)
+
+    def is_fused(self, x: Tensor) -> bool:
+        """Whether the first convolution of these images and what follows it is one kernel."""
+        return all(is_bare(module) for module in (self.proj, *self.proj)) and fits_conv_norm(x, self.proj[0].weight)
+
+    def fused(self, x: Tensor, pos_embed: Tensor | None, grid: tuple[int, int]) -> Tensor:
+        """Embedded images, with a position table (1, N, C) of `grid` added if there is one."""
+        conv, norm, _, conv2, norm2 = self.proj
+        x = _conv_norm(x, conv, norm, 'silu')
+        if fits_conv_norm(x, conv2.weight):
+            table = None
+            if pos_embed is not None:
+                table = position_table(pos_embed, grid, self.second_grid(x.shape[1:3])).flatten(0, 1)
+            return _conv_norm(x.permute(0, 3, 1, 2), conv2, norm2, None, table)
+        x = norm2(conv2(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        return x if pos_embed is None else add_pos_embed(x, pos_embed, grid)
+
+
+def _conv_norm(x: Tensor, conv: nn.Conv2d, norm: LayerNorm2d, activation: str | None, table: Tensor | None = None):
+    return conv_norm(
+        x,
+        conv.weight,
+        conv.bias,
+        norm.weight,
+        norm.bias,
+        eps=norm.eps,
+        stride=conv.stride[0],
+        padding=conv.padding[0],
+        activation=activation,
+        table=table,
+        dtype=torch.promote_types(x.dtype, norm.weight.dtype) if norm.starts_stream else None,
+    )
+
+
+def position_table(pos_embed: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """A position table (1, N, C) of `grid` as (h, w, C) for another size, resampled (bicubic) where they differ."""
+    table = pos_embed.unflatten(1, grid)
+    # Exported programs always resample: a size that is only known at run time cannot choose.
+    if _dispatch.exporting() or tuple(size) != tuple(grid):
+        table = F.interpolate(
+            table.to(torch.promote_types(table.dtype, torch.float32)).permute(0, 3, 1, 2),
+            size=size,
+            mode='bicubic',
+            align_corners=False,
+        ).permute(0, 2, 3, 1)
+    return table[0]
 
 
 @register_notrace_function
 def add_pos_embed(x: Tensor, pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Add a position table (1, N, C) of `grid` to a map (B, h, w, C), resampled (bicubic) where the grids differ."""
-    table = pos_embed.unflatten(1, grid)
-    # Exported programs always resample: a size that is only known at run time cannot choose.
-    if _dispatch.exporting() or tuple(x.shape[1:3]) != tuple(grid):
-        table = F.interpolate(
-            table.to(torch.promote_types(table.dtype, torch.float32)).permute(0, 3, 1, 2),
-            size=x.shape[1:3],
-            mode='bicubic',
-            align_corners=False,
-        ).permute(0, 2, 3, 1)
-    return x + table.to(x.dtype)
+    """Add a position table (1, N, C) of `grid` to a map (B, h, w, C), resampled where the grids differ."""
+    return x + position_table(pos_embed, grid, x.shape[1:3]).to(x.dtype)
 
 
-class ViGBlock(PreNormBlock):
+class ViGBlock(ViGPreNormBlock):
     """x + mixer(RMSNorm(x)), then x + SwiGLU(RMSNorm(x)), on (B, h, w, C)."""
 
     def __init__(self, dim: int, num_heads: int, drop_path: float, device=None, dtype=None, **mixer):
@@ -216,7 +136,7 @@ class ViGBlock(PreNormBlock):
         self.attn_norm = RMSNorm(dim, **dd)
         self.attn = ViGMixer(dim, num_heads, **mixer, **dd)
         self.mlp_norm = RMSNorm(dim, **dd)
-        self.mlp = SwiGLU(dim, _swiglu_width(dim, 256 if dim >= 128 else 32), **dd)
+        self.mlp = SwiGLU(dim, swiglu_width(dim, 256 if dim >= 128 else 32), **dd)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def branches(self) -> tuple[tuple[nn.Module, nn.Module], ...]:
@@ -309,11 +229,13 @@ class ViG(TokenMixin, nn.Module):
 
     def embed(self, x: Tensor) -> Tensor:
         """Images (B, 3, H, W) to embedded tokens (B, h, w, C)."""
+        if is_bare(self.patch_embed) and self.patch_embed.is_fused(x):
+            return self.patch_embed.fused(x, self.pos_embed, self.grid_size)
         x = self.patch_embed(x)
         return add_pos_embed(x, self.pos_embed, self.grid_size)
 
 
-class HierBlock(PreNormBlock):
+class HierBlock(ViGPreNormBlock):
     """x + mixer(LayerNorm(x)), then x + SwiGLU(LayerNorm(x)), on (B, h, w, C)."""
 
     def __init__(self, dim: int, num_heads: int, drop_path: float, merge_scale: float, device=None, dtype=None):
@@ -322,7 +244,7 @@ class HierBlock(PreNormBlock):
         self.norm = LayerNorm(dim, **dd)
         self.op = ViGMixer(dim, num_heads, merge_scale=merge_scale, **dd)
         self.norm2 = LayerNorm(dim, **dd)
-        self.mlp = HierSwiGLU(dim, _swiglu_width(dim, 32), **dd)
+        self.mlp = HierSwiGLU(dim, swiglu_width(dim, 32), **dd)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def branches(self) -> tuple[tuple[nn.Module, nn.Module], ...]:

@@ -132,8 +132,8 @@ class Plan:
         for x, u in ((q, unit), (k, unit), (v, unit), (v if do is None else do, unit), (gf, unit_g), (gb, unit_g)):
             x = x if x is not None else g if g is not None else q
             self.ints += [s // u for s in x.stride()[:3]]
-        self.sizes = [T, nch, cps, nseg, self.n_chunks, self.n_segs]
-        consts = {'H': H, 'K': K, 'V': V, 'BT': cfg.bt, 'BK': cfg.bk, 'BV': cfg.bv, 'NV': cfg.nv, 'DIRS': dirs,
+        self.sizes = [T, nch, cps, nseg, self.n_chunks, self.n_segs, H]
+        consts = {'K': K, 'V': V, 'BT': cfg.bt, 'BK': cfg.bk, 'BV': cfg.bv, 'NV': cfg.nv, 'DIRS': dirs,
                   'GATE': self.gate, 'VARLEN': varlen, 'A': unit, 'AG': unit_g, 'CT': ct, 'PREC': prec, 'MT': mt,
                   'SPLIT': split, 'ADJOINT': self.backward, 'INIT': init is not None, 'DINIT': dinit is not None,
                   'FINAL': 0 if not final else 2 if self.backward else 1, 'KEEP': not self.sweep,
@@ -249,7 +249,7 @@ class _Run:
         code = ('scan', self.code)
         if plan.several or code not in _compiled:
             args = [self.seg_state, self.seg_total, self.init, self.dinit, final, self.spans, plan.sizes[3],
-                    plan.n_segs]  # fmt: skip
+                    plan.n_segs, plan.H]  # fmt: skip
             _launch(gla_kernel_scan, code, plan.grid_scan, args, plan.scan_consts, {'num_warps': 1}, plan.several)
 
     def run_chunks(self, name: str, kernel, grid: tuple | None, tensors: list) -> None:

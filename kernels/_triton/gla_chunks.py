@@ -68,8 +68,8 @@ def level_weights(level, r, gf, gb, BT: tl.constexpr, DIRS: tl.constexpr, MT: tl
 
 @triton.jit
 def wild(
-    totals, h, gc, kk, n_chunks,
-    H: tl.constexpr, BK: tl.constexpr, DIRS: tl.constexpr, LIMIT: tl.constexpr,
+    totals, h, gc, kk, n_chunks, H,
+    BK: tl.constexpr, DIRS: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     """Whether the gates of a chunk sum up to less than `LIMIT` in any channel, in any direction."""
     at = h.to(tl.int64) * n_chunks + gc
@@ -84,8 +84,8 @@ def gla_fwd_kernel_out(
     q, k, v, gf, gb, o,
     states, totals, prefix, seg_state, chunks,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, d_b, d_t, d_h, g_b, g_t, g_h, r_b, r_t, r_h,
-    scale, T, nch, cps, nseg, n_chunks, n_segs,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    scale, T, nch, cps, nseg, n_chunks, n_segs, H,
+    K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     NV: tl.constexpr, LEVELS: tl.constexpr, DIRS: tl.constexpr, GATE: tl.constexpr, VARLEN: tl.constexpr,
     A: tl.constexpr, AG: tl.constexpr, LIMIT: tl.constexpr, SAFE: tl.constexpr,
     CT: tl.constexpr, PREC: tl.constexpr, MT: tl.constexpr, SPLIT: tl.constexpr,
@@ -244,8 +244,8 @@ def direction(
 def chunk_gradients(
     q, k, v, do, gf, gb, dq, dk, dv, dgf, dgb, states, totals, prefix, seg_state,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, d_b, d_t, d_h, g_b, g_t, g_h, r_b, r_t, r_h,
-    scale, T, several, n_chunks, n_segs, h, gc, b, t0, end, seg, wanted,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    scale, T, several, n_chunks, n_segs, H, h, gc, b, t0, end, seg, wanted,
+    K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     NV: tl.constexpr, LEVELS: tl.constexpr, DIRS: tl.constexpr, GATE: tl.constexpr,
     A: tl.constexpr, AG: tl.constexpr, SAFE: tl.constexpr,
     CT: tl.constexpr, PREC: tl.constexpr, SUMS: tl.constexpr, MT: tl.constexpr, SPLIT: tl.constexpr,
@@ -406,8 +406,8 @@ def gla_bwd_kernel_chunk(
     q, k, v, do, gf, gb, dq, dk, dv, dgf, dgb,
     states, totals, prefix, seg_state, chunks,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, d_b, d_t, d_h, g_b, g_t, g_h, r_b, r_t, r_h,
-    scale, T, nch, cps, nseg, n_chunks, n_segs,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    scale, T, nch, cps, nseg, n_chunks, n_segs, H,
+    K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     NV: tl.constexpr, LEVELS: tl.constexpr, DIRS: tl.constexpr, GATE: tl.constexpr, VARLEN: tl.constexpr,
     A: tl.constexpr, AG: tl.constexpr, LIMIT: tl.constexpr, SAFE: tl.constexpr, GROUP: tl.constexpr,
     STAGES: tl.constexpr,
@@ -450,13 +450,13 @@ def gla_bwd_kernel_chunk(
                 chunk_gradients(
                     q, k, v, do, gf, gb, dq, dk, dv, dgf, dgb, states, totals, prefix, seg_state,
                     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, d_b, d_t, d_h, g_b, g_t, g_h, r_b, r_t, r_h,
-                    scale, T, nseg > 1, n_chunks, n_segs, h, gc, b, t0, end, seg, wanted,
-                    H, K, V, BT, BK, BV, NV, LEVELS, DIRS, GATE, A, AG, SAFE, CT, PREC, SUMS, MT, SPLIT,
+                    scale, T, nseg > 1, n_chunks, n_segs, H, h, gc, b, t0, end, seg, wanted,
+                    K, V, BT, BK, BV, NV, LEVELS, DIRS, GATE, A, AG, SAFE, CT, PREC, SUMS, MT, SPLIT,
                 )  # fmt: skip
         else:
             chunk_gradients(
                 q, k, v, do, gf, gb, dq, dk, dv, dgf, dgb, states, totals, prefix, seg_state,
                 q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, d_b, d_t, d_h, g_b, g_t, g_h, r_b, r_t, r_h,
-                scale, T, nseg > 1, n_chunks, n_segs, h, gc, b, t0, end, seg, wanted,
-                H, K, V, BT, BK, BV, NV, LEVELS, DIRS, GATE, A, AG, SAFE, CT, PREC, SUMS, MT, SPLIT,
+                scale, T, nseg > 1, n_chunks, n_segs, H, h, gc, b, t0, end, seg, wanted,
+                K, V, BT, BK, BV, NV, LEVELS, DIRS, GATE, A, AG, SAFE, CT, PREC, SUMS, MT, SPLIT,
             )  # fmt: skip

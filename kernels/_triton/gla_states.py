@@ -61,7 +61,7 @@ def gla_kernel_table(cu, chunks, segs, spans, N, cps, BT: tl.constexpr, BN: tl.c
 
 STRIDES = ['q_b', 'q_t', 'q_h', 'k_b', 'k_t', 'k_h', 'v_b', 'v_t', 'v_h', 'd_b', 'd_t', 'd_h', 'g_b', 'g_t', 'g_h',
            'r_b', 'r_t', 'r_h']  # fmt: skip
-SIZES = ['T', 'nch', 'cps', 'nseg', 'n_chunks', 'n_segs']
+SIZES = ['T', 'nch', 'cps', 'nseg', 'n_chunks', 'n_segs', 'H']
 
 
 @triton.jit(do_not_specialize=STRIDES + SIZES)
@@ -69,8 +69,8 @@ def gla_kernel_states(
     q, k, v, do, gf, gb,
     states, totals, prefix, seg_state, seg_total, init, dinit, final, segs,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, d_b, d_t, d_h, g_b, g_t, g_h, r_b, r_t, r_h,
-    scale, T, nch, cps, nseg, n_chunks, n_segs,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    scale, T, nch, cps, nseg, n_chunks, n_segs, H,
+    K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     NV: tl.constexpr, DIRS: tl.constexpr, ADJOINT: tl.constexpr, GATE: tl.constexpr, VARLEN: tl.constexpr,
     INIT: tl.constexpr, DINIT: tl.constexpr, FINAL: tl.constexpr, KEEP: tl.constexpr,
     A: tl.constexpr, AG: tl.constexpr,
@@ -204,10 +204,10 @@ def gla_kernel_states(
             tl.store(final + (n * H + h) * K * V + kk[None, :] * V + vv[:, None], state, mask=ok)
 
 
-@triton.jit(do_not_specialize=['nseg', 'n_segs'])
+@triton.jit(do_not_specialize=['nseg', 'n_segs', 'H'])
 def gla_kernel_scan(
-    seg_state, seg_total, init, dinit, final, spans, nseg, n_segs,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, VP: tl.constexpr,
+    seg_state, seg_total, init, dinit, final, spans, nseg, n_segs, H,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, VP: tl.constexpr,
     DIRS: tl.constexpr, ADJOINT: tl.constexpr, GATE: tl.constexpr, VARLEN: tl.constexpr,
     INIT: tl.constexpr, DINIT: tl.constexpr, FINAL: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip

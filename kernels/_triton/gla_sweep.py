@@ -17,8 +17,8 @@ from zoo.kernels._triton.gla_states import SIZES, STRIDES
 def gla_fwd_kernel_sweep(
     q, k, v, gf, gb, o, states, seg_state, flags, segs,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, d_b, d_t, d_h, g_b, g_t, g_h, r_b, r_t, r_h,
-    scale, T, nch, cps, nseg, n_chunks, n_segs,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    scale, T, nch, cps, nseg, n_chunks, n_segs, H,
+    K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     NV: tl.constexpr, LEVELS: tl.constexpr, GATE: tl.constexpr, VARLEN: tl.constexpr,
     A: tl.constexpr, AG: tl.constexpr, LIMIT: tl.constexpr, SAFE: tl.constexpr, PARTS: tl.constexpr,
     CT: tl.constexpr, PREC: tl.constexpr, MT: tl.constexpr, SPLIT: tl.constexpr,

@@ -34,6 +34,16 @@ def _normalised(x, V: tl.constexpr, eps):
     return x * scale, scale
 
 
+@triton.jit
+def mixture(x, l, s, w_global, w_local, V: tl.constexpr, eps, SILU: tl.constexpr):
+    """s * norm(x) + (1 - s) * norm(l) of rows of one head each, or its SiLU, in fp32; weights (1, V)."""
+    x, _ = _normalised(x, V, eps)
+    l, _ = _normalised(l, V, eps)
+    l *= w_local
+    x = l + s * (x * w_global - l)
+    return x * tl.sigmoid(x) if SILU else x
+
+
 @triton.jit(do_not_specialize=['N'])
 def mix_fwd_kernel(
     o, local, gate, bias, w_global, w_local, y, N, eps,
@@ -46,17 +56,16 @@ def mix_fwd_kernel(
     token, head = rows // H, rows % H
     inside = ok[:, None] & (cols < V)[None, :]
     inner = (head * V)[:, None] + cols[None, :]
-    x, _ = _normalised(tl.load(o + token[:, None] * SO + inner, mask=inside, other=0.0).to(tl.float32), V, eps)
-    l, _ = _normalised(tl.load(local + token[:, None] * SL + inner, mask=inside, other=0.0).to(tl.float32), V, eps)
+    x = tl.load(o + token[:, None] * SO + inner, mask=inside, other=0.0).to(tl.float32)
+    l = tl.load(local + token[:, None] * SL + inner, mask=inside, other=0.0).to(tl.float32)
     s = tl.load(gate + token[:, None] * SG + inner, mask=inside, other=0.0).to(tl.float32)
     if bias is not None:
         s += tl.load(bias + inner, mask=inside, other=0.0).to(tl.float32)
     if LOGITS:
         s = tl.sigmoid(s)
-    l *= tl.load(w_local + cols, mask=cols < V, other=0.0).to(tl.float32)[None, :]
-    x = l + s * (x * tl.load(w_global + cols, mask=cols < V, other=0.0).to(tl.float32)[None, :] - l)
-    if SILU:
-        x *= tl.sigmoid(x)
+    wg = tl.load(w_global + cols, mask=cols < V, other=0.0).to(tl.float32)[None, :]
+    wl = tl.load(w_local + cols, mask=cols < V, other=0.0).to(tl.float32)[None, :]
+    x = mixture(x, l, s, wg, wl, V, eps, SILU)
     tl.store(y + token[:, None] * (H * V) + inner, x.to(y.dtype.element_ty), mask=inside)
 
 

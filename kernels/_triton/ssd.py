@@ -189,7 +189,8 @@ class _Run:
         code = ('ssd scan', self.code)
         if plan.several or (code not in _compiled and not interpreting()):
             nseg, _, n_segs = plan.ints[-3:]
-            args = [self.seg_state, self.seg_total, self.init, self.dinit, final, self.spans, nseg, n_segs]
+            args = [self.seg_state, self.seg_total, self.init, self.dinit, final, self.spans, nseg, n_segs,
+                    plan.consts['H']]  # fmt: skip
             _launch(gla_kernel_scan, code, plan.grid_scan, args, plan.scan_consts, {'num_warps': 1}, plan.several)
 
 

@@ -1,13 +1,16 @@
-"""The fused token ops at ViG's shapes, for `zoo bench kernels`."""
+"""The fused token ops and patch embeddings at ViG's shapes, for `zoo bench kernels`."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo.kernels.block_tail import Norm, _torch_block_tail, block_tail
+from zoo.kernels.conv_norm import conv_norm
 from zoo.kernels.mix import gated_local_mix, log_gates
 from zoo.kernels.norm import rms_norm
 from zoo.kernels.swiglu import swiglu
@@ -20,6 +23,12 @@ SHAPES = {
     'vig_base_224': (128, 196, 12, 64, 2048),
 }
 _RANK = 16
+# (B, CIN, image side, C, kernel, stride) of the convolutions before ViG's blocks; a norm follows each.
+CONVS = {
+    'vig_tiny_1024_conv1': (16, 3, 1024, 96, 9, 8),
+    'vig_tiny_1024_conv2': (16, 96, 128, 192, 3, 2),
+    'vig_small_224_conv1': (128, 3, 224, 192, 9, 8),
+}
 
 
 def _draws(shapes: tuple[tuple[int, ...], ...], device: str, dtype: torch.dtype, seed: int) -> tuple[Tensor, ...]:
@@ -54,6 +63,61 @@ def _mix(o: Tensor, local: Tensor, gate: Tensor, w_global: Tensor, w_local: Tens
     return gated_local_mix(o, local, gate, w_global, w_local, gate_logits=True)
 
 
+def _tail_args(o: Tensor, stream: Tensor, local: Tensor, gate: Tensor, w_global: Tensor, w_local: Tensor,
+               w_out: Tensor, w_norm: Tensor, w_up: Tensor, w_down: Tensor, w_next: Tensor) -> tuple:  # fmt: skip
+    weights = (w_global, w_local, w_out * w_out.shape[1] ** -0.5)
+    up, down = w_up * w_up.shape[1] ** -0.5, w_down * w_down.shape[1] ** -0.5
+    return stream, o, local, gate, None, *weights, Norm(w_norm), up, down, Norm(w_next)
+
+
+@torch.no_grad()
+def _tail(*args: Tensor):
+    return block_tail(*_tail_args(*args))
+
+
+@torch.no_grad()
+def _own_ops_tail(*args: Tensor):
+    return _torch_block_tail(*_tail_args(*args), 1e-6, None)
+
+
+def _eager_tail(*args: Tensor):
+    """The formula in PyTorch's own ops, with an fp32 stream only inside the norms."""
+    stream, o, local, gate, _, w_global, w_local, w_out, norm, w_up, w_down, following = _tail_args(*args)
+    stream = stream + F.linear(_eager_mix(o, local, gate, w_global, w_local).flatten(-2), w_out)
+    y = F.rms_norm(stream.float(), norm.weight.shape, norm.weight.float(), 1e-6).to(o.dtype)
+    stream = stream + F.linear(_eager_swiglu(F.linear(y, w_up)), w_down)
+    return stream, F.rms_norm(stream.float(), norm.weight.shape, following.weight.float(), 1e-6).to(o.dtype)
+
+
+def _conv(x: Tensor, weight: Tensor, bias: Tensor, w: Tensor, b: Tensor, *, stride: int) -> Tensor:
+    with torch.no_grad():
+        return conv_norm(x, weight, bias, w, b, stride=stride, padding=1, activation='silu')
+
+
+def _eager_conv(x: Tensor, weight: Tensor, bias: Tensor, w: Tensor, b: Tensor, *, stride: int) -> Tensor:
+    y = F.conv2d(x, weight, bias, stride, 1).permute(0, 2, 3, 1)
+    return F.silu(F.layer_norm(y, w.shape, w, b))
+
+
+def _conv_cases() -> list[Case]:
+    """Channels-last maps where a convolution made them; images as they are loaded. Forward only."""
+    found = []
+    for label, (batch, inside, side, channels, kernel, stride) in CONVS.items():
+        out = (side + 2 - kernel) // stride + 1
+        numbers = batch * (inside * side**2 + channels * out**2)
+        shapes = ((batch, inside, side, side), (channels, inside, kernel, kernel), *[(channels,)] * 3)
+        ours, eager = partial(_conv, stride=stride), partial(_eager_conv, stride=stride)
+        dims = dict(B=batch, CIN=inside, side=side, C=channels)
+        case = _case('conv_norm', label, shapes, ours, eager, (numbers, 0), dims)
+        found.append(replace(case, make=partial(_last, case.make)) if inside > 8 else case)
+    return found
+
+
+def _last(make, device: str, dtype: torch.dtype, seed: int) -> tuple[Tensor, ...]:
+    x, *rest = make(device, dtype, seed)
+    return x.contiguous(memory_format=torch.channels_last), *rest
+
+
 def _compiled(formula):
     """The formula under torch.compile, compiled when it is first called."""
     compiled = cache(lambda: torch.compile(formula))
@@ -83,4 +147,9 @@ def cases() -> list[Case]:
                   (tokens * _RANK + n, 2 * tokens * _RANK + n), dims),
             _case('gated_local_mix', label, (*[per_head] * 3, (dim,), (dim,)), _mix, _eager_mix, (4 * n, 7 * n), dims),
         ]  # fmt: skip
-    return found
+        if width <= 192:
+            weights = (dim,), (dim,), (width, width), (width,), (2 * hidden, width), (width, hidden), (width,)
+            shapes = (per_head, map_, per_head, per_head, *weights)
+            case = _case('block_tail', label, shapes, _tail, _eager_tail, (6 * n, 0), dims)
+            found.append(replace(case, peers={**case.peers, 'one op after the other': _own_ops_tail}))
+    return found + _conv_cases()
