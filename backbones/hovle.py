@@ -5,19 +5,21 @@
     -> causal layers of the embedding module -> causal InternLM2 layers -> RMSNorm -> logits (float32)
 
 Weights: OpenGVLab/HoVLE on the Hugging Face hub (2 606 327 808 parameters, 236 tensors); module names are the published
-keys. Facts: `hovle/modeling_*.py` of hustvl/mmMamba at 85143d03. Other than there, generation keeps a key-value cache of
-all layers (32 entries), and every implementation of attention is causal. `import zoo.vlm` registers the model with
+keys. Facts: `hovle/modeling_*.py` of hustvl/mmMamba at 85143d03. Other than there, generation keeps a key-value cache
+of all layers (32 entries), and every implementation of attention is causal. `import zoo.vlm` registers the model with
 transformers' Auto classes; `zoo.backbones.mmmamba` is its linear student.
 """
 
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from timm.layers import DropPath
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
@@ -264,18 +266,40 @@ class HoVLEPreTrainedModel(PreTrainedModel):
         """As in transformers, but a checkpoint that does not fill the model is an error.
 
         Raises:
-            ValueError: naming the keys that the checkpoint lacks or has too many of.
+            ValueError: naming the damaged file, or keys that are missing, unknown or of another size.
         """
-        model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
-        problems = [
-            f'{len(info[kind])} {word}: {", ".join(sorted(map(str, info[kind]))[:4])}{", ..." * (len(info[kind]) > 4)}'
-            for kind, word in (('missing_keys', 'missing'), ('unexpected_keys', 'unknown to the model'))
-            if info.get(kind)
+        lenient = kwargs.setdefault('ignore_mismatched_sizes', False)
+        kwargs['ignore_mismatched_sizes'] = True  # the error for them is raised here, with the names
+        try:
+            model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
+        except SafetensorError as error:
+            raise ValueError(f'{_damaged(name)} is cut off or damaged: {error}') from error
+        problems = {
+            'missing': sorted(info['missing_keys']),
+            'unknown to the model': sorted(info['unexpected_keys']),
+            'of another size': [f'{k} {tuple(a)}, not {tuple(b)}' for k, a, b in sorted(info['mismatched_keys'])],
+        }
+        if lenient:
+            del problems['of another size']
+        found = [
+            f'{len(keys)} {what}: {", ".join(keys[:4])}{", ..." * (len(keys) > 4)}'
+            for what, keys in problems.items()
+            if keys
         ]
-        if problems:
-            raise ValueError(f'{name} does not fit {cls.__name__}: keys ' + '; keys '.join(problems))
+        if found:
+            raise ValueError(f'{name} does not fit {cls.__name__}: keys ' + '; keys '.join(found))
         model._freeze_unused()
         return (model, info) if output_loading_info else model
+
+
+def _damaged(name: Any) -> str:
+    for file in sorted(Path(name).glob('*.safetensors')):
+        try:
+            with safe_open(file, 'pt'):
+                pass
+        except SafetensorError:
+            return str(file)
+    return f'a file of {name}'
 
 
 class HoVLEForConditionalGeneration(HoVLEGeneration, HoVLEPreTrainedModel, GenerationMixin):
@@ -375,7 +399,7 @@ class HoVLEForConditionalGeneration(HoVLEGeneration, HoVLEPreTrainedModel, Gener
             image_flags: (T,), 0 for tiles that stand in for no image.
             use_cache: whether to return a cache.
             logits_to_keep: how many last positions, or which, get logits; 0 for all.
-            prefill_chunk_size: with a cache, pass the tokens in pieces of this length: memory then grows with the piece.
+            prefill_chunk_size: with a cache, run the tokens in pieces of this length: memory grows with the piece.
             output_hidden_states: also return what enters every layer, and the final norm's output.
             output_attentions: also return attention weights (`attn_implementation='eager'`).
             return_dict: False for a tuple.
