@@ -4,7 +4,8 @@
 
 Writes cifar10.json (conditions; curves, final accuracy, images per second and peak memory of every run) and
 cifar10.png, both again and again while the runs go on: what is stopped keeps what it has. `--alone` first times a
-training step of every run with a GPU to itself, because images per second of runs that share one say little.
+training step of every run with a GPU to itself, because images per second of runs that share one say little. `--keep`
+adds to the file of an earlier call with the same epochs: its other runs stay as they are, under its conditions.
 """
 
 from __future__ import annotations
@@ -223,6 +224,17 @@ def differences(runs: dict[str, dict]) -> dict[str, float]:
     return found
 
 
+def earlier(file: Path, epochs: int) -> dict[str, dict]:
+    """Runs of an earlier call, each with the command and the versions under which it ran."""
+    if not file.is_file():
+        return {}
+    former = json.loads(file.read_text())
+    if former['epochs'] != epochs:
+        raise SystemExit(f'{file} has {former["epochs"]} epochs, this call {epochs}: choose another --output')
+    about = {k: former[k] for k in ('date', 'device', 'command', 'commit', 'versions')}
+    return {label: {'earlier': about, **run} for label, run in former['runs'].items()}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--data', required=True, help='folder with the train and test parquet files of CIFAR-10')
@@ -234,8 +246,10 @@ def main() -> int:
     parser.add_argument(
         '--option', action='append', default=[], help='passed to every run, such as --trainer.max_steps=9'
     )
+    parser.add_argument('--keep', action='store_true', help='keep the other runs of the file that is there')
     parser.add_argument('--output', type=Path, default=ROOT / 'docs/results')
     args = parser.parse_args()
+    kept = earlier(args.output / 'cifar10.json', args.epochs) if args.keep else {}
     began, folder = time.time(), Path(tempfile.mkdtemp(prefix='cifar10-'))
     labels = args.runs.split(',') if args.runs else list(RUNS)
     gpus = max(1, torch.cuda.device_count())
@@ -259,7 +273,8 @@ def main() -> int:
 
     def save() -> None:
         runs = collect(labels, processes, folder, args.epochs)
-        result['runs'] = {n: {**steps.get(n, {}), 'gpu': chosen[n], **run} for n, run in runs.items()}
+        found = {n: {**steps.get(n, {}), 'gpu': chosen[n], **run} for n, run in runs.items()}
+        result['runs'] = {n: found.get(n) or kept[n] for n in RUNS if n in found or n in kept}
         result['points_over_fp32'] = differences(result['runs'])
         result['seconds'] = round(time.time() - began, 1)
         write_json(args.output / 'cifar10.json', result)
@@ -280,11 +295,12 @@ def main() -> int:
             process.kill()
         plot(result['runs'], args.output / 'cifar10.png')
     for label, run in result['runs'].items():
-        if run['exit_code'] not in (0, None):
+        if label in processes and run['exit_code'] not in (0, None):
             print(label, (folder / f'{folder_name(label)}.log').read_text()[-1500:])
     show(result)
     print('points over fp32:', result['points_over_fp32'])
-    return int(any(run['exit_code'] != 0 or not run['all_finite'] for run in result['runs'].values()))
+    ran = [run for run in result['runs'].values() if 'earlier' not in run]
+    return int(any(run['exit_code'] != 0 or not run['all_finite'] for run in ran))
 
 
 if __name__ == '__main__':

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import pkgutil
-import statistics
 import time
 from collections.abc import Callable
 
@@ -23,7 +22,17 @@ from zoo.errors import ZooError
 from zoo.kernels._dispatch import kernel_backend
 from zoo.tools._bench_case import Case, Inputs
 from zoo.tools._guard import in_words, recover, time_limit
-from zoo.tools._timing import conditions, copy_gb_per_s, graph_ms, host_us, interleaved, wall_ms, write_json
+from zoo.tools._timing import (
+    conditions,
+    copy_gb_per_s,
+    gpu_rates,
+    graph_ms,
+    host_us,
+    interleaved,
+    rates_in_words,
+    wall_ms,
+    write_json,
+)
 
 _CPU_BATCH_SHRINK = 32  # the same shapes at a batch that a CPU finishes in milliseconds
 _INPUT_SETS = 4
@@ -266,14 +275,14 @@ def bench_kernels(args: argparse.Namespace) -> dict:
     """
     gpu = args.device.startswith('cuda')
     cases = select(args)
-    bandwidth = statistics.median(copy_gb_per_s(args.device, 1024 if gpu else 256) for _ in range(3))
-    print(f'copy bandwidth {bandwidth:.1f} GB/s')
+    rates = gpu_rates(args.device) or {'copy_gb_per_s': round(copy_gb_per_s(args.device, 256), 1)}
+    print(rates_in_words(rates), flush=True)
     result = {
         'bench': 'kernels',
         **conditions(args.device),
         **{k: getattr(args, k) for k in ('dtype', 'warmup', 'repeats')},
         'compile': 'the peers that say so',
-        'copy_gb_per_s': round(bandwidth, 1),
+        **rates,
         'l2': f'overwritten before every timed call; graphs rotate over {_INPUT_SETS} input sets' if gpu else None,
         'complete': False,
         'results': [],
@@ -283,7 +292,7 @@ def bench_kernels(args: argparse.Namespace) -> dict:
     for i, case in enumerate(cases):
         print(f'[{i + 1}/{len(cases)}, {time.perf_counter() - start:.0f} s] {case.op} {case.shape}', flush=True)
         try:
-            rows = measure(case, args, bandwidth)
+            rows = measure(case, args, rates['copy_gb_per_s'])
             result['results'] += rows
             _print(case, rows)
             if gpu:
@@ -299,6 +308,8 @@ def bench_kernels(args: argparse.Namespace) -> dict:
         if gpu:
             torch.cuda.empty_cache()
         write_json(args.output, result)
+    if gpu:
+        result['rates_after'] = gpu_rates(args.device)
     result['complete'] = True
     return result
 

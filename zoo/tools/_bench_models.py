@@ -27,7 +27,7 @@ from zoo.errors import ZooError
 from zoo.registry import check_name
 from zoo.tools._guard import in_words, recover, time_limit
 from zoo.tools._load import build
-from zoo.tools._timing import conditions, interleaved, wall_ms, write_json
+from zoo.tools._timing import conditions, gpu_rates, interleaved, rates_in_words, wall_ms, write_json
 
 # The timm models of the same size and shape that one would pick instead.
 PEERS = {
@@ -290,9 +290,11 @@ def bench_models(args: argparse.Namespace) -> dict:
     own, peers = chosen(args)
     torch.ones(64, 64, device=args.device).matmul(torch.ones(64, 64, device=args.device))  # start the libraries
     settings = {k: getattr(args, k) for k in _SETTINGS}
-    result = {'bench': 'models', **conditions(args.device), **settings, 'complete': False, 'results': []}
-    if args.device.startswith('cuda'):
+    rates = gpu_rates(args.device)
+    result = {'bench': 'models', **conditions(args.device), **settings, **rates, 'complete': False, 'results': []}
+    if rates:
         result['cudnn_benchmark'] = torch.backends.cudnn.benchmark
+        print(rates_in_words(rates), flush=True)
     for scenario in scenarios(args):
         group: list[dict] = []
         print(scenario, flush=True)
@@ -304,7 +306,8 @@ def bench_models(args: argparse.Namespace) -> dict:
         _relate(group, args.relative_to)
         result['results'] += group
         _print(scenario, group, ratios(group, own))
-    return {**result, 'complete': True, 'ratios': ratios(result['results'], own)}
+    after = {'rates_after': gpu_rates(args.device)} if rates else {}
+    return {**result, **after, 'complete': True, 'ratios': ratios(result['results'], own)}
 
 
 def _print(scenario: Scenario, rows: list[dict], compared: list[dict]) -> None:

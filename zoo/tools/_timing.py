@@ -165,6 +165,36 @@ def copy_gb_per_s(device: str, mib: int) -> float:
     return 2 * source.numel() / (timed['copy']['median_ms'] * 1e-3) / 1e9
 
 
+def matmul_tflops(device: str, size: int = 8192) -> float:
+    """Rate of a large bf16 matrix product, with which a GPU whose clocks are held down gives itself away.
+
+    Args:
+        device: where to multiply.
+        size: rows and columns.
+    """
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    timed = interleaved({'matmul': lambda: a @ b}, device, warmup=10, repeats=20)
+    return 2 * size**3 / (timed['matmul']['median_ms'] * 1e-3) / 1e12
+
+
+def gpu_rates(device: str) -> dict:
+    """What this GPU does right now: `copy_gb_per_s` and `bf16_matmul_tflops`, measured, the floors of everything else.
+
+    Args:
+        device: a CUDA device; for any other the answer is empty.
+    """
+    if not device.startswith('cuda'):
+        return {}
+    bandwidth = statistics.median(copy_gb_per_s(device, 1024) for _ in range(3))
+    return {'copy_gb_per_s': round(bandwidth, 1), 'bf16_matmul_tflops': round(matmul_tflops(device), 1)}
+
+
+def rates_in_words(rates: dict) -> str:
+    """A line for the log from what `gpu_rates` found."""
+    words = {'copy_gb_per_s': 'copy bandwidth {} GB/s', 'bf16_matmul_tflops': 'bf16 matrix product {} TFLOP/s'}
+    return ', '.join(words[key].format(value) for key, value in rates.items())
+
+
 def commit() -> str | None:
     """Commit of the checkout this package runs from, `-dirty` appended for uncommitted changes; None elsewhere."""
     root = Path(zoo.__file__).resolve().parent.parent
