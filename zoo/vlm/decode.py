@@ -28,6 +28,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel, StoppingCriteriaList
 from transformers.cache_utils import DynamicLayer
 
+from zoo.backbones._mixer import Mixer
 from zoo.backbones._state import LinearStateLayer
 from zoo.vlm._step import KVLayer, Step
 
@@ -166,8 +167,10 @@ class _Decoder:
             return 'there is no maximum length'
         if not isinstance(cache, Cache):
             return 'use_cache is off'
-        if any(type(layer) is not DynamicLayer or layer.get_seq_length() for layer in cache.layers):
-            return 'the cache is not a new DynamicCache of full-attention layers'
+        linear = {m.layer_idx for m in model.modules() if isinstance(m, Mixer)}
+        kinds = {type(layer) for i, layer in enumerate(cache.layers) if i not in linear}
+        if kinds - {DynamicLayer} or any(layer.get_seq_length() for layer in cache.layers):
+            return 'the cache is not a new one of full-attention and linear layers'
         if cache.layer_class_to_replicate not in (None, DynamicLayer) or cache.offloading:
             return 'the cache is of a special kind'
         if isinstance(mask, Tensor) and (mask.ndim != 2 or not bool((mask.diff(dim=1) >= 0).all())):
