@@ -18,6 +18,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from zoo.backbones._mixer import Mixer
 from zoo.backbones._state import LinearStateLayer
+from zoo.backbones.hovle import HoVLELayer
 from zoo.kernels.decode import MAX_ROWS, decode_attention, token_linear, token_swiglu
 from zoo.kernels.norm import rms_norm
 
@@ -108,8 +109,32 @@ def _mlp(first: nn.Linear, second: nn.Linear, last: nn.Linear) -> Callable:
     return forward
 
 
+def _layer(layer: HoVLELayer) -> Callable:
+    """The layer with its second sum inside the last product."""
+    first, second, last = (layer.feed_forward.w1, layer.feed_forward.w3, layer.feed_forward.w2)
+
+    def forward(hidden_states: Tensor, output_attentions: bool = False, **kwargs) -> Tensor:
+        branch, _ = layer.attention(hidden_states=layer.attention_norm(hidden_states), **kwargs)
+        normed, hidden_states = layer.ffn_norm(branch, hidden_states)
+        product = token_swiglu(normed.flatten(0, 1), first.weight, second.weight)
+        return token_linear(product, last.weight, residual=hidden_states.flatten(0, 1)).view_as(hidden_states)
+
+    return forward
+
+
 def _norm(module: nn.Module) -> Callable:
     return lambda x: rms_norm(x, module.weight, module.variance_epsilon)
+
+
+def _swiglu_maps(module: nn.Module) -> list[nn.Linear] | None:
+    """The three maps of a SwiGLU layer without biases, the one behind the SiLU first, or None for other modules."""
+    for names in (('w1', 'w3', 'w2'), ('gate_proj', 'up_proj', 'down_proj')):
+        maps = [getattr(module, name, None) for name in names]
+        act = getattr(module, 'act', getattr(module, 'act_fn', None))
+        plain = all(type(m) is nn.Linear and m.bias is None for m in maps)
+        if plain and len(list(module.children())) == 4 and type(act).__name__ in ('SiLU', 'SiLUActivation'):
+            return maps
+    return None
 
 
 def _single_token_forward(module: nn.Module) -> Callable | None:
@@ -117,12 +142,11 @@ def _single_token_forward(module: nn.Module) -> Callable | None:
     kind = type(module)
     if kind is nn.Linear:
         return _linear(module)
-    for names in (('w1', 'w3', 'w2'), ('gate_proj', 'up_proj', 'down_proj')):
-        maps = [getattr(module, name, None) for name in names]
-        act = getattr(module, 'act', getattr(module, 'act_fn', None))
-        plain = all(type(m) is nn.Linear and m.bias is None for m in maps)
-        if plain and len(list(module.children())) == 4 and type(act).__name__ in ('SiLU', 'SiLUActivation'):
-            return _mlp(*maps)
+    if kind is HoVLELayer and _swiglu_maps(module.feed_forward):
+        return _layer(module)
+    maps = _swiglu_maps(module)
+    if maps:
+        return _mlp(*maps)
     # transformers' own; Gemma's scale by 1 + weight
     if kind.__name__.endswith('RMSNorm') and hasattr(module, 'variance_epsilon') and 'Gemma' not in kind.__name__:
         return _norm(module)

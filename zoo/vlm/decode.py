@@ -50,7 +50,8 @@ def fast_decode(model: PreTrainedModel, *, capture: bool | None = None) -> Itera
     Yields:
         The model.
     """
-    plain, decoder = type(model), _Decoder(capture)
+    inner = model.get_base_model() if hasattr(model, 'get_base_model') else model  # inside PEFT's wrapper
+    plain, decoder = type(inner), _Decoder(capture)
 
     def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
         arguments = (input_ids, logits_processor, stopping_criteria, generation_config)
@@ -62,11 +63,11 @@ def fast_decode(model: PreTrainedModel, *, capture: bool | None = None) -> Itera
 
     # `generate` takes its loop from the class
     names = {'_sample': _sample, '__module__': plain.__module__, '__doc__': plain.__doc__}
-    model.__class__ = type(plain.__name__, (plain,), names)
+    inner.__class__ = type(plain.__name__, (plain,), names)
     try:
         yield model
     finally:
-        model.__class__ = plain
+        inner.__class__ = plain
 
 
 class _Stops:
@@ -88,7 +89,7 @@ class _Stops:
         """Write chosen tokens (B,) to ids (B, 1), padding in rows that have ended; note which rows end."""
         if self.eos is not None:
             tokens = tokens if self.pad is None else torch.where(self.open, tokens, self.pad)
-            self.open.logical_and_(~torch.isin(tokens, self.eos))
+            self.open.logical_and_((tokens.unsqueeze(1) != self.eos).all(1))  # isin may wait for the device
         ids.copy_(tokens.unsqueeze(1))
 
     def greedy(self, ids: Tensor, logits: Tensor) -> None:
