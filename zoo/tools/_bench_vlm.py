@@ -198,11 +198,13 @@ def _mode(model: nn.Module, row: Row, args: argparse.Namespace) -> Iterator[None
         return
     from zoo.vlm.decode import fast_decode
 
+    capture = None if args.device.startswith('cuda') else False
     with warnings.catch_warnings():
         warnings.filterwarnings('error', message='fast_decode')  # a row must be what it says
-        with fast_decode(model, capture=None if args.device.startswith('cuda') else False):
-            for length in (min(args.lengths), min(2 * args.prefill_chunk, max(args.lengths))):
-                generate(model, length, 4, prefill_chunk_size=args.prefill_chunk)  # compiles and captures
+        with fast_decode(model, capture=capture):  # compiles; what it captures for other lengths goes with it
+            for length in {min(args.lengths), min(2 * args.prefill_chunk, max(args.lengths))}:
+                generate(model, length, 4, prefill_chunk_size=args.prefill_chunk)
+        with fast_decode(model, capture=capture):
             yield
 
 
