@@ -1,4 +1,4 @@
-"""How HoVLE's stack of layers runs over a cache: pieces of a long prompt, padding, image vectors, `generate`'s needs."""
+"""How HoVLE's stack of layers runs over a cache: pieces of a prompt, padding, image vectors, `generate`'s needs."""
 
 from __future__ import annotations
 

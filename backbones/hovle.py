@@ -389,21 +389,19 @@ class HoVLEForConditionalGeneration(HoVLEGeneration, HoVLEPreTrainedModel, Gener
 
         Args:
             input_ids: (B, L).
-            pixel_values: tiles (T, 3, H, W) of all rows in order; every tile stands for `config.tokens_per_tile` image
-                ids (four times as many with `pixel_shuffle_loc='post'`, which `input_ids` need not show).
+            pixel_values: tiles (T, 3, H, W) of all rows in order, each for `config.tokens_per_tile` image ids.
             attention_mask: (B, S + L) with 0 at padding, S tokens being in the cache; or a mask that transformers made.
             position_ids: (B, L); by default counted from the mask.
-            past_key_values: cache with one entry per layer of the whole stack; `cache` is its other name.
-            inputs_embeds: (B, L, C), what would enter the first layer, in place of `input_ids` and `pixel_values`.
+            past_key_values: cache with one entry per layer of the whole stack; `cache` is its newer name.
+            inputs_embeds: (B, L, C), what would enter the first layer, instead of `input_ids` and `pixel_values`.
             labels: (B, L), -100 where there is no loss; shifted inside.
             image_flags: (T,), 0 for tiles that stand in for no image.
-            use_cache: whether to return a cache.
+            use_cache: whether to return a cache; by default the config's, and not in training.
             logits_to_keep: how many last positions, or which, get logits; 0 for all.
             prefill_chunk_size: with a cache, run the tokens in pieces of this length: memory grows with the piece.
             output_hidden_states: also return what enters every layer, and the final norm's output.
             output_attentions: also return attention weights (`attn_implementation='eager'`).
             return_dict: False for a tuple.
-            cache: see past_key_values.
 
         Returns:
             Logits (B, L or fewer, vocabulary) in float32, the cache, and what else was asked for.
@@ -411,28 +409,31 @@ class HoVLEForConditionalGeneration(HoVLEGeneration, HoVLEPreTrainedModel, Gener
         Raises:
             ValueError: if image ids and image vectors are not equally many, or inputs contradict each other.
         """
-        cache = past_key_values if cache is None else cache
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError('give input_ids or inputs_embeds, and not both')
         if inputs_embeds is not None and pixel_values is not None:
             raise ValueError('inputs_embeds already hold the image vectors: pixel_values need input_ids')
-        trains = self.training and torch.is_grad_enabled()
-        use_cache = self.config.use_cache and not trains if use_cache is None else use_cache
-        if use_cache and cache is None and not (trains and self.is_gradient_checkpointing):
-            cache = DynamicCache(config=self.config)
+        use_cache, cache = self._choose_cache(use_cache, past_key_values if cache is None else cache)
         images = None if pixel_values is None else self.get_image_features(pixel_values, image_flags)
-        record = {
-            'hidden_states': () if output_hidden_states else None,
-            'attentions': () if output_attentions else None,
-        }
+        asked = {'hidden_states': output_hidden_states, 'attentions': output_attentions}
+        record = {name: () if wanted else None for name, wanted in asked.items()}
         tail = logits_to_keep if isinstance(logits_to_keep, int) else 0
         hidden_states = self._run(
             input_ids, images, inputs_embeds, attention_mask, position_ids, cache, prefill_chunk_size, tail, record
         )
-        rows = slice(-tail, None) if tail else logits_to_keep
-        kept = hidden_states if isinstance(rows, int) else hidden_states[:, rows]
-        logits = self.language_model.output(kept).float()
-        loss = None
+        kept = hidden_states[:, slice(-tail, None) if isinstance(logits_to_keep, int) else logits_to_keep]
+        output = self._output(kept, labels, record, cache if use_cache else None, kwargs)
+        return output.to_tuple() if return_dict is False else output
+
+    def _choose_cache(self, use_cache: bool | None, cache: Cache | None) -> tuple[bool, Cache | None]:
+        trains = self.training and torch.is_grad_enabled()
+        use_cache = self.config.use_cache and not trains if use_cache is None else use_cache
+        if use_cache and cache is None and not (trains and self.layers[0].gradient_checkpointing):
+            cache = DynamicCache(config=self.config)
+        return use_cache, cache
+
+    def _output(self, hidden_states, labels, record, cache, kwargs) -> CausalLMOutputWithPast:
+        logits, loss = self.language_model.output(hidden_states).float(), None
         if labels is not None:
             options = {k: kwargs[k] for k in ('num_items_in_batch',) if k in kwargs}
             vocabulary = self.config.llm_config.vocab_size
@@ -440,11 +441,10 @@ class HoVLEForConditionalGeneration(HoVLEGeneration, HoVLEPreTrainedModel, Gener
         attentions = record['attentions']
         if attentions and any(weights is None for weights in attentions):
             attentions = None
-        output = CausalLMOutputWithPast(
+        return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             hidden_states=record['hidden_states'],
             attentions=attentions,
-            **{CACHE_FIELD: cache if use_cache else None},
+            **{CACHE_FIELD: cache},
         )
-        return output.to_tuple() if return_dict is False else output

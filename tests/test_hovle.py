@@ -9,9 +9,9 @@ import torch
 from parity.weights import image_batch, state_dict
 from tiny_hovle import IMAGE, batch, config, model, prompt, student, teacher
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache
+from zoo.backbones.hovle import CACHE_FIELD, HoVLEConfig, HoVLEForConditionalGeneration
 
 import zoo.vlm
-from zoo.backbones.hovle import CACHE_FIELD, HoVLEConfig, HoVLEForConditionalGeneration
 
 PARITY = Path(__file__).parent / 'parity'
 KINDS = ['softmax', 'linear', 'hybrid']
@@ -148,7 +148,7 @@ def test_a_conversation_goes_on_from_its_cache(kind):
 def test_generation_computes_logits_of_the_last_position_only():
     for kind in KINDS:
         net, rows = model(kind), []
-        net.language_model.output.register_forward_hook(lambda m, args, out: rows.append(out.shape[1]))
+        net.language_model.output.register_forward_hook(lambda m, args, out, rows=rows: rows.append(out.shape[1]))
         net.generate(input_ids=prompt([1], 30)[0], pixel_values=prompt([1], 30)[1], **GREEDY, prefill_chunk_size=8)
         assert rows == [1] * GREEDY['max_new_tokens']
 
@@ -198,7 +198,7 @@ def test_checkpointed_gradients(kind):
         assert getattr(out, CACHE_FIELD) is None
         out.loss.backward()
         grads.append({n: p.grad.clone() for n, p in net.named_parameters() if p.grad is not None})
-    assert net.is_gradient_checkpointing and len(grads[0]) > 30
+    assert net.layers[0].gradient_checkpointing and len(grads[0]) > 30
     for name, grad in grads[0].items():
         assert torch.allclose(grad, grads[1][name], atol=1e-6), name
     shifted = out.logits[:, :-1].flatten(0, 1)

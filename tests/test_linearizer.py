@@ -16,6 +16,7 @@ from zoo.errors import ZooError
 from zoo.linearizer import capture, decoder_layers, linear_layers, mixers, restore_attention, sensitivity, trainable
 
 FAMILIES = [*VLMS, *TEXTS]
+SLOW = pytest.mark.slow
 
 
 def perturbed(student, scale=0.05):
@@ -28,13 +29,21 @@ def perturbed(student, scale=0.05):
     return student
 
 
-def greedy(model, batch, tokens=6, **kwargs):
+def greedy(model, batch, tokens=4, **kwargs):
     out = model.generate(**batch, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, **kwargs)
     return out[:, -tokens:]
 
 
-@pytest.mark.parametrize('family', FAMILIES)
-@pytest.mark.parametrize('layers', ['all', [1, 2]], ids=['linear', 'hybrid'])
+ALSO_LINEAR = ('gemma3', 'llama', 'llava', 'qwen2_5_vl')  # the others in the slow tests
+
+
+@pytest.mark.parametrize(
+    'family, layers',
+    [
+        *(pytest.param(f, [1, 2], id=f'{f}-hybrid') for f in FAMILIES),
+        *(pytest.param(f, 'all', id=f'{f}-linear', marks=() if f in ALSO_LINEAR else SLOW) for f in FAMILIES),
+    ],
+)
 def test_family(family, layers, tmp_path):
     teacher, batch = build(family), inputs(family)
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
