@@ -12,7 +12,7 @@ import inspect
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer, StaticLayer
 from transformers.modeling_utils import PreTrainedModel
 
 __all__ = ['LinearStateLayer', 'PaddingContext', 'attach_padding', 'state_layer']
@@ -100,12 +100,18 @@ def state_layer(cache: Cache, layer_idx: int, number_of_states: int = 1) -> Line
     """The state of layer `layer_idx`; swaps the empty slot that the cache made for keys and values.
 
     Raises:
-        ValueError: if the slot already holds keys and values.
+        ValueError: if the slot already holds keys and values, or belongs to a static cache.
     """
     while len(cache.layers) <= layer_idx:  # a cache built without a config grows as layers ask for their slots
         cache.layers.append(cache.layer_class_to_replicate())
     slot = cache.layers[layer_idx]
     if not isinstance(slot, LinearStateLayer):
+        if isinstance(slot, StaticLayer):
+            # transformers then makes masks for another length than that of the softmax layers' keys.
+            raise ValueError(
+                f'layer {layer_idx} keeps a recurrent state, for which a static cache has no place: leave out '
+                "cache_implementation='static'"
+            )
         if int(slot.get_seq_length()) > 0:
             raise ValueError(
                 f'layer {layer_idx} keeps a recurrent state, but the cache holds keys and values of '

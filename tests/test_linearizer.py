@@ -256,6 +256,8 @@ def test_beam_search_and_chunks():
         expected = student(input_ids=ids).logits
         parts = [student(input_ids=p, past_key_values=cache).logits for p in ids.split((13, 1, 16), 1)]
     assert (torch.cat(parts, 1) - expected).abs().max() < 2e-5 and cache.get_seq_length() == 30
+    with pytest.raises(ValueError, match="leave out cache_implementation='static'"):
+        student.generate(input_ids=ids, max_new_tokens=2, cache_implementation='static')
     with pytest.raises(ValueError, match='start from an empty cache'):
         full = build('llama')(input_ids=ids, use_cache=True).past_key_values
         student(input_ids=ids, past_key_values=full)

@@ -52,7 +52,7 @@ class Sensitivity:
         from matplotlib.figure import Figure
 
         linear = set(range(len(self.kl)) if softmax is None else self.linear_layers(softmax))
-        figure = Figure(figsize=(max(4.0, 0.25 * len(self.kl) + 2), 3.2), layout='constrained')
+        figure = Figure(figsize=(max(4.8, 0.25 * len(self.kl) + 2), 3.4), layout='constrained')
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         axes.bar(range(len(self.kl)), self.kl, color=['C0' if i in linear else 'C1' for i in range(len(self.kl))])
@@ -63,7 +63,7 @@ class Sensitivity:
         axes.set_xlabel('decoder layer')
         axes.set_ylabel('KL to the teacher, nats a token')
         state = 'trained' if self.trained else 'seeded'
-        axes.set_title(f'one layer replaced by {self.mixer} ({state}), {self.tokens} tokens', fontsize='medium')
+        axes.set_title(f'one layer replaced by {self.mixer} ({state})\n{self.tokens} tokens', fontsize='medium')
         partial = Path(f'{path}.part')
         figure.savefig(partial, dpi=120, format='png')
         os.replace(partial, path)
@@ -81,10 +81,10 @@ def sensitivity(
 ) -> Sensitivity:
     """How much the logits move when one layer alone becomes linear.
 
-    Costs 1 + layers forward passes for each batch, and the memory of one batch's logits twice.
+    Costs 1 + layers forward passes for each batch. The teacher is in evaluation mode while this runs.
 
     Args:
-        teacher: the softmax model; put into evaluation mode while this runs.
+        teacher: the softmax model.
         calibration: model inputs as keyword dictionaries, moved to the teacher's device.
         mixer: what replaces the layers.
         mixer_kwargs: its options.
@@ -99,40 +99,45 @@ def sensitivity(
     from zoo._families import attention_name, mark_linear
     from zoo.linearizer import decoder_layers, linearize, mixers
 
-    batches = list(calibration)
-    if not batches or not all(hasattr(batch, 'keys') and hasattr(batch, 'items') for batch in batches):
-        raise ZooError('calibration must be a non-empty list of dictionaries of model inputs (input_ids, ...)')
+    batches = _checked(calibration)
     layers = decoder_layers(teacher)
     trained = student is not None
     probe = student if trained else linearize(teacher, mixer, mixer_kwargs=mixer_kwargs, share_frozen=True, seed=seed)
     own = mixers(probe)
     if len(own) != len(layers):
         raise ZooError(f'sensitivity needs a student with all {len(layers)} layers linear, this one has {len(own)}')
-    names = [attention_name(layer) for layer in layers]
-    slots = decoder_layers(probe)
+    slots = [(layer, attention_name(layer)) for layer in decoder_layers(probe)]
+    originals = [getattr(layer, attention_name(layer)) for layer in layers]
     modes = {model: model.training for model in (teacher, probe)}
     totals, tokens = [0.0] * len(layers), 0
     try:
         for model in modes:
             model.eval()
-        for layer, slot, name in zip(layers, slots, names):
-            setattr(slot, name, getattr(layer, name))
+        for (slot, name), original in zip(slots, originals):
+            setattr(slot, name, original)
         for batch in tqdm(batches, desc='sensitivity', unit='batch', disable=None):
             batch = _on(batch, next(teacher.parameters()).device)
             expected, weight = teacher(**batch, use_cache=False).logits, _weight(batch)
             tokens += int(weight.sum()) if weight is not None else expected.shape[0] * expected.shape[1]
-            for i, (layer, slot, name) in enumerate(zip(layers, slots, names)):
+            for i, (slot, name) in enumerate(slots):
                 setattr(slot, name, own[i])
                 mark_linear(probe, [i])
                 totals[i] += _kl(expected, probe(**batch, use_cache=False).logits, weight)
-                setattr(slot, name, getattr(layer, name))
+                setattr(slot, name, originals[i])
     finally:
-        for i, (slot, name) in enumerate(zip(slots, names)):
+        for i, (slot, name) in enumerate(slots):
             setattr(slot, name, own[i])
         mark_linear(probe, list(own))
         for model, mode in modes.items():
             model.train(mode)
     return Sensitivity(tuple(t / max(tokens, 1) for t in totals), tokens, mixer, trained)
+
+
+def _checked(calibration: Iterable[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    batches = list(calibration)
+    if not batches or not all(hasattr(batch, 'keys') and hasattr(batch, 'items') for batch in batches):
+        raise ZooError('calibration must be a non-empty list of dictionaries of model inputs (input_ids, ...)')
+    return batches
 
 
 def _on(batch, device: torch.device) -> dict[str, Any]:

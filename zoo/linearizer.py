@@ -6,7 +6,8 @@
     student.save_pretrained('student')          # AutoModelForImageTextToText.from_pretrained('student') reads it
 
 A student starts with the teacher's weights, not with its function: the mixers only inherit projections. Distillation
-(`zoo.tasks`) turns it into a model.
+(`zoo.tasks`) turns it into a model. All mixers are causal; PaliGemma and Gemma 3 let the tokens of an image see each
+other in both directions, which their linear layers lose.
 """
 
 from __future__ import annotations
@@ -22,14 +23,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from zoo._sensitivity import Sensitivity, sensitivity
 from zoo.errors import ZooError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from zoo._sensitivity import Sensitivity
-
-__all__ = ['Captured', 'capture', 'decoder_layers', 'linearize', 'mixers', 'restore_attention', 'trainable']
+__all__ = [
+    'Captured',
+    'Sensitivity',
+    'capture',
+    'decoder_layers',
+    'families',
+    'linear_layers',
+    'linearize',
+    'mixers',
+    'restore_attention',
+    'sensitivity',
+    'trainable',
+]
 
 ROLES = ('new', 'qkv', 'output', 'rest')
 
@@ -57,8 +69,7 @@ def linearize(
         mixer_kwargs: options of the mixer, see `zoo.backbones._mixers`.
         calibration: model inputs (a list of keyword dictionaries) for a number of softmax layers.
         report: folder for the sensitivities behind that choice, as JSON and as a plot.
-        share_frozen: let everything but the mixers share memory with the teacher, for distillation; these tensors do
-            not require gradients. Otherwise the student is a copy of its own.
+        share_frozen: everything but the mixers shares memory with the teacher and does not require gradients.
         seed: of the mixers' random parameters; the same layer gets the same ones whatever the other layers are.
 
     Returns:
@@ -98,8 +109,6 @@ def linearize(
 
 
 def _budget(teacher, layers: int, count: int, calibration, mixer: str, mixer_kwargs, seed: int) -> Sensitivity:
-    from zoo._sensitivity import sensitivity
-
     if isinstance(layers, bool) or not 0 <= layers <= count:
         raise ZooError(f'layers={layers}: the teacher has {count} layers that could stay softmax')
     if calibration is None:
@@ -329,11 +338,3 @@ def _watch(index: int, attention: nn.Module, seen: Captured, callback) -> list:
         attention.register_forward_pre_hook(before, with_kwargs=True),
         output.register_forward_pre_hook(after),
     ]
-
-
-def __getattr__(name: str):
-    if name in ('Sensitivity', 'sensitivity'):
-        import zoo._sensitivity
-
-        return getattr(zoo._sensitivity, name)
-    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
