@@ -26,6 +26,7 @@ from transformers.cache_utils import Cache
 from zoo.backbones._mixer import Mixer
 from zoo.backbones._state import LinearStateLayer
 from zoo.kernels.causal_conv import causal_conv, causal_conv_step_
+from zoo.kernels.decode import mamba2_step_, token_projections_
 from zoo.kernels.norm import gated_rms_norm
 from zoo.kernels.ssd import ssd, ssd_step_
 
@@ -129,6 +130,8 @@ class Mamba2Mixer(Mixer):
         length = hidden_states.shape[1]
         state = self._state(past_key_values)
         decoding = state is not None and state.has_previous_state[0] and length == 1
+        if decoding and padding_mask is None and not torch.is_grad_enabled() and self._fuses:
+            return self._token(hidden_states[:, 0], state).unsqueeze(1)
         visible = None if decoding and padding_mask is None else self._visible(padding_mask, length)
         if visible is not None:  # filled, not multiplied: what a softmax layer leaves at padding need not be finite
             hidden_states = hidden_states.masked_fill(~visible.unsqueeze(-1), 0)
@@ -143,6 +146,28 @@ class Mamba2Mixer(Mixer):
         if self.g_norm is None:
             return y
         return gated_rms_norm(y, self.g_norm.weight, self.g_proj(hidden_states).view(y.shape), self.norm_eps)
+
+    @property
+    def _fuses(self) -> bool:
+        """Whether a decoding step is the published layer's, which has kernels of its own."""
+        if any(n is not None for n in (self.q_norm, self.k_norm, self.q_layer_norm, self.k_layer_norm)):
+            return False
+        # an adapter in the place of a linear map computes more than its weight says
+        return self.conv1d is not None and all(type(m) is nn.Linear for m in self._maps)
+
+    @property
+    def _maps(self) -> tuple[nn.Module | None, ...]:
+        """The projections in the order in which a token's results lie side by side."""
+        return self.v_proj, self.k_proj, self.q_proj, self.g_proj, self.in_proj
+
+    def _token(self, u: Tensor, state: LinearStateLayer) -> Tensor:
+        """Heads (B, H, d) of one token u (B, hidden); the state is updated in place."""
+        weights, biases = [m.weight for m in self._maps], [m.bias for m in self._maps]
+        conv = self.conv1d.weight.squeeze(1), self.conv1d.bias, state.columns()
+        mixed = token_projections_(u, weights, biases, *conv)
+        state.advance(1)
+        rest = (self.dt_bias, self.A_log_bias, self.D, self.g_norm.weight, self.norm_eps, self.num_kv_heads)
+        return mamba2_step_(mixed, state.recurrent(), *rest)
 
     def _project(self, u: Tensor) -> Tensor:
         """(B, L, (2 K + H) d): values, keys and queries of all heads side by side, in this order."""

@@ -214,3 +214,26 @@ def test_mistakes(tmp_path):
     if not torch.cuda.is_available():
         with pytest.raises(ZooError, match='zoo doctor'):
             cli_bench(['models', '--device', 'cuda'])
+
+
+def test_vlm(tmp_path):
+    """All rows on four small layers: what was measured, the comparison and the plot."""
+    picture = tmp_path / 'lengths.png'
+    path = tmp_path / 'result.json'
+    argv = ['vlm', '--quick', '--lengths', '24', '40', '--tokens', '4', '--device', 'cpu', '--prefill-chunk', '16']
+    assert cli_bench([*argv, '--output', str(path), '--plot', str(picture)]) == 0
+    result = json.loads(path.read_text())
+    rows = {(r['row'], r['length']): r for r in result['results']}
+    names = {'linear', 'hybrid', 'teacher', 'teacher captured', 'teacher compiled', 'teacher without cache'}
+    assert result['complete'] and {n for n, _ in rows} == names and picture.stat().st_size > 10_000
+    assert all(rows[name, n]['decode_ms'] > 0 for name in ('linear', 'hybrid', 'teacher captured') for n in (24, 40))
+    pair = next(r for r in result['ratios'] if (r['row'], r['peer'], r['length']) == ('linear', 'teacher', 40))
+    expected = rows['teacher', 40]['decode_ms'] / rows['linear', 40]['decode_ms']
+    assert pair['decode_times_faster'] == pytest.approx(expected, abs=0.01)
+
+
+def test_vlm_refuses_what_measures_nothing():
+    with pytest.raises(ZooError, match="there is no 'mamba'"):
+        cli_bench(['vlm', '--quick', '--rows', 'mamba'])
+    with pytest.raises(ZooError, match='--tokens must be at least 2'):
+        cli_bench(['vlm', '--quick', '--tokens', '1'])

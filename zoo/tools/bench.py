@@ -1,4 +1,4 @@
-"""`zoo bench models|kernels`: times beside those of the models and kernels one would use instead.
+"""`zoo bench models|kernels|vlm`: times beside those of the models and kernels one would use instead.
 
 Everything that is compared runs in one process. Without arguments `zoo bench models` measures the smallest ViG beside
 DeiT-tiny: inference and training at 224 and 1024 pixels (on a CPU training at 224 only).
@@ -15,6 +15,8 @@ from zoo.errors import ZooError
 from zoo.tools._bench_kernels import add_arguments as add_kernel_arguments
 from zoo.tools._bench_kernels import bench_kernels
 from zoo.tools._bench_models import NATIVE, bench_models
+from zoo.tools._bench_vlm import add_arguments as add_vlm_arguments
+from zoo.tools._bench_vlm import bench_vlm
 from zoo.tools._timing import write_json
 
 _YES_NO = {'nargs': '?', 'const': 'yes', 'choices': ('no', 'yes', 'both')}
@@ -58,12 +60,15 @@ def _add_model_arguments(models: argparse.ArgumentParser) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog='zoo bench', description=__doc__.split('\n', 1)[1].strip())
-    verbs = parser.add_subparsers(dest='what', required=True, metavar='models|kernels')
+    verbs = parser.add_subparsers(dest='what', required=True, metavar='models|kernels|vlm')
     models = verbs.add_parser('models', help='whole models', description='Whole models beside those of timm.')
     _add_model_arguments(models)
     kernels = verbs.add_parser('kernels', help='the ops', description='Kernels beside what one would use instead.')
     add_kernel_arguments(kernels)
-    for verb in (models, kernels):
+    vlm = verbs.add_parser('vlm', help='generation at growing lengths', description='A HoVLE-sized decoder and its '
+                           'linear and hybrid students with random weights, through generate.')  # fmt: skip
+    add_vlm_arguments(vlm)
+    for verb in (models, kernels, vlm):
         verb.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
         verb.add_argument('--threads', type=int, help="torch's CPU threads")
         verb.add_argument('--warmup', type=int, help='uncounted calls after the first; default: 2, on CUDA 10')
@@ -85,7 +90,7 @@ def cli_bench(argv: list[str]) -> int:
     torch.set_num_threads(args.threads or threads)
     torch.backends.cudnn.benchmark = gpu or tuned  # sizes do not change: the fastest convolution for everybody
     try:
-        result = bench_models(args) if args.what == 'models' else bench_kernels(args)
+        result = {'models': bench_models, 'kernels': bench_kernels, 'vlm': bench_vlm}[args.what](args)
     finally:
         torch.set_num_threads(threads)
         torch.backends.cudnn.benchmark = tuned

@@ -20,12 +20,14 @@ from zoo.backbones.hovle import HoVLEConfig, HoVLEForConditionalGeneration
 from zoo.backbones.mmmamba import HoVLELinearForConditionalGeneration, MMMambaConfig, from_hovle
 from zoo.vlm import processing
 from zoo.vlm.chat import ChatMixin
+from zoo.vlm.decode import fast_decode
 
 __all__ = [
     'HoVLEConfig',
     'HoVLEForConditionalGeneration',
     'HoVLELinearForConditionalGeneration',
     'MMMambaConfig',
+    'fast_decode',
     'from_hovle',
     'register',
 ]

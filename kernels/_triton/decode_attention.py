@@ -1,0 +1,122 @@
+"""Softmax attention of one token over a long key-value buffer on GPUs: keys split over programs, then a merge.
+
+How many keys count is read on the device, so a captured graph serves a growing buffer: a program takes an equal share
+of the keys that there are. The query heads of a key head are the rows of one product.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from zoo.kernels._triton._common import LOG2E, ceil_div, compute_types, launch, next_power
+
+PROGRAMS = 528  # over all rows and key heads: four per multiprocessor of an H100
+_KEYS = 64  # in a tile
+
+
+@triton.jit(do_not_specialize=['k_b', 'k_h', 'v_b', 'v_h', 'SPLITS'])
+def decode_attention_kernel(
+    q, keys, values, length, start, part, norms, k_b, k_h, v_b, v_h, scale, SPLITS,
+    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, G: tl.constexpr, BG: tl.constexpr,
+    BT: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """Unnormalised outputs `part` (B, K, SPLITS, G, D) and (B, K, SPLITS, G, 2) their largest exponent and sum."""
+    split = tl.program_id(0)
+    head = tl.program_id(1) % K
+    b = (tl.program_id(1) // K).to(tl.int64)
+    low = 0
+    if start is not None:
+        low = tl.load(start + b).to(tl.int32)
+    high = tl.load(length).to(tl.int32)
+    tiles = (high - low + BT - 1) // BT
+    share = (tiles + SPLITS - 1) // SPLITS * BT
+    first = low + split * share
+    last = tl.minimum(first + share, high)
+    rows = tl.arange(0, BG)
+    dims = tl.arange(0, BD)
+    r = tl.arange(0, BT)
+    ok_d = (dims < D)[None, :]
+    ok_q = (rows < G)[:, None] & ok_d
+    qs = tl.load(q + (b * H + head * G + rows)[:, None] * D + dims[None, :], mask=ok_q, other=0.0)
+    qs = (qs.to(tl.float32) * (scale * LOG2E)).to(CT)
+    # 16-byte rows: the strides of a buffer are multiples of the head dimension
+    k_ptr = keys + (b * k_b + head * k_h) * D + dims[None, :]
+    v_ptr = values + (b * v_b + head * v_h) * D + dims[None, :]
+    top = tl.full((BG,), float('-inf'), tl.float32)
+    total = tl.zeros((BG,), tl.float32)
+    acc = tl.zeros((BG, BD), tl.float32)
+    for t in range(first, last, BT):
+        ok_t = t + r < last
+        at = (t + r).to(tl.int64)[:, None] * D
+        ks = tl.load(k_ptr + at, mask=ok_t[:, None] & ok_d, other=0.0)
+        vs = tl.load(v_ptr + at, mask=ok_t[:, None] & ok_d, other=0.0)
+        scores = tl.dot(qs, tl.trans(ks.to(CT)), input_precision=PREC)
+        scores = tl.where(ok_t[None, :], scores, float('-inf'))
+        new = tl.maximum(top, tl.max(scores, 1))
+        weights = tl.exp2(scores - new[:, None])
+        keep = tl.exp2(top - new)
+        total = total * keep + tl.sum(weights, 1)
+        acc = acc * keep[:, None]
+        acc = tl.dot(weights.to(CT), vs.to(CT), acc=acc, input_precision=PREC)
+        top = new
+    at = ((b * K + head) * SPLITS + split) * G + rows
+    tl.store(part + at[:, None] * D + dims[None, :], acc, mask=ok_q)
+    tl.store(norms + at * 2, top, mask=rows < G)
+    tl.store(norms + at * 2 + 1, total, mask=rows < G)
+
+
+@triton.jit(do_not_specialize=['SPLITS'])
+def decode_attention_merge_kernel(
+    part, norms, y, SPLITS, G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
+    """Program: (row, query head). The splits of a head lie G rows apart."""
+    head = tl.program_id(0).to(tl.int64)
+    base = (head // G) * SPLITS * G + head % G
+    s = tl.arange(0, BS)
+    dims = tl.arange(0, BD)
+    top = float('-inf')
+    total = 0.0
+    acc = tl.zeros((BD,), tl.float32)
+    for s0 in range(0, SPLITS, BS):
+        ok = s0 + s < SPLITS
+        at = base + (s0 + s) * G
+        tops = tl.load(norms + at * 2, mask=ok, other=float('-inf'))
+        sums = tl.load(norms + at * 2 + 1, mask=ok, other=0.0)
+        tile = tl.load(part + at[:, None] * D + dims[None, :], mask=ok[:, None] & (dims < D)[None, :], other=0.0)
+        new = tl.maximum(top, tl.max(tops, 0))
+        keep = tl.exp2(top - new)
+        weights = tl.where(sums > 0.0, tl.exp2(tops - new), 0.0)
+        total = total * keep + tl.sum(weights * sums, 0)
+        acc = acc * keep + tl.sum(weights[:, None] * tile, 0)
+        top = new
+    tl.store(y + head * D + dims, (acc / total).to(y.dtype.element_ty), mask=dims < D)
+
+
+def _buffer(x: torch.Tensor) -> torch.Tensor:
+    """Entries D apart and every stride a multiple of D, as buffers (B, K, capacity, D) and slices of them have."""
+    D = x.shape[-1]
+    fits = x.stride(-1) == 1 and x.stride(-2) == D and x.stride(0) % D == 0 and x.stride(1) % D == 0
+    return x if fits else x.contiguous()
+
+
+def attention(q, keys, values, length, start, scale):
+    """(B, H, D); arguments as `zoo.kernels.decode.decode_attention`."""
+    B, H, D = q.shape
+    K, capacity = keys.shape[1:3]
+    q, keys, values = q.contiguous(), _buffer(keys), _buffer(values)
+    splits = max(1, min(ceil_div(PROGRAMS, B * K), ceil_div(capacity, 2 * _KEYS)))
+    G = H // K
+    part = torch.empty((B, K, splits, G, D), dtype=torch.float32, device=q.device)
+    norms = torch.empty((B, K, splits, G, 2), dtype=torch.float32, device=q.device)
+    y = torch.empty_like(q)
+    ct, prec = compute_types(q.dtype)
+    BD = next_power(D)
+    consts = {'H': H, 'K': K, 'D': D, 'BD': BD, 'G': G, 'BG': next_power(G), 'BT': _KEYS if BD <= 128 else 32,
+              'CT': ct, 'PREC': prec}  # fmt: skip
+    sizes = (*(s // D for t in (keys, values) for s in t.stride()[:2]), scale, splits)
+    tensors = (q, keys, values, length, start, part, norms)
+    launch(decode_attention_kernel, (splits, B * K, 1), tensors, sizes, consts, stages=3)
+    launch(decode_attention_merge_kernel, (B * H, 1, 1), (part, norms, y), (splits,),
+           {'G': G, 'D': D, 'BD': BD, 'BS': 16})  # fmt: skip
+    return y
