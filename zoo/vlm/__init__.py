@@ -19,6 +19,7 @@ from zoo.backbones._mmmamba_layout import register_layout
 from zoo.backbones.hovle import HoVLEConfig, HoVLEForConditionalGeneration
 from zoo.backbones.mmmamba import HoVLELinearForConditionalGeneration, MMMambaConfig, from_hovle
 from zoo.vlm import processing
+from zoo.vlm.chat import ChatMixin
 
 __all__ = [
     'HoVLEConfig',
@@ -33,11 +34,12 @@ MODELS = {HoVLEConfig: HoVLEForConditionalGeneration, MMMambaConfig: HoVLELinear
 
 
 def register() -> None:
-    """Register configs, models and processors with transformers; importing this module does it, calling it again is harmless."""
+    """Register configs, models and processors with transformers; importing this module has done it already."""
     for config, model in MODELS.items():
         AutoConfig.register(config.model_type, config, exist_ok=True)
         for auto in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
             auto.register(config, model, exist_ok=True)
+        model.chat = ChatMixin.chat  # models know no processors, and do not import this package
     register_layout(MMMambaConfig.model_type)
     _families.register()
     processing.register(*MODELS)
