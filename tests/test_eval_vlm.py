@@ -176,6 +176,11 @@ def test_rows_of_other_forms():
     messages = [{'role': 'system', 'content': 'S'}, {'role': 'user', 'content': 'Q'}]
     (question,) = questions_of({'messages': [*messages, {'role': 'assistant', 'content': 'A'}]}, 'n', None)
     assert question.turns == [('system', 'S'), ('user', 'Q')] and question.answers == ['A']
+    parts = [{'type': 'image'}, {'type': 'text', 'text': 'Q'}]
+    talk = [{'role': role, 'content': text} for role, text in (('user', parts), ('assistant', 'A'))] * 2
+    first, second = questions_of({'messages': talk, 'images': ['a', 'b'], 'question_type': ['x', 'y']}, 'n', None)
+    assert (first.kind, second.kind, first.images, second.images) == ('x', 'y', ['a'], ['a', 'b'])
+    assert first.turns == [('user', '<image>\nQ')] and second.name == 'n answer 2'
     (question,) = questions_of({'prompt': 'Q', 'label': 3, 'images': ['a', 'b']}, 'n', Path('/x'))
     assert question.answers == ['3'] and question.images == ['/x/a', '/x/b']
     for row in ({'conversations': [{'from': 'gpt', 'value': 'A'}]}, {'conversations': [{'from': 'x', 'value': 'A'}]}):
