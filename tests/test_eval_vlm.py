@@ -94,7 +94,7 @@ def test_our_own_model_from_its_published_layout(hybrid, data, tmp_path):
     folder.mkdir()
     tiny_mmmamba(folder, hybrid)
     out = tmp_path / 'out'
-    assert run(folder, data, '--output', str(out), '--metrics', 'exact', 'perplexity', '--batch-size', '5') == 0
+    assert run(folder, data, '--output', str(out), '--metrics', 'vqa', 'perplexity', '--batch-size', '5') == 0
     rows = [json.loads(line) for line in (out / 'predictions.jsonl').read_text().splitlines()]
     model, processor = load_vlm(folder, 'cpu')
     for row, colour in zip(sorted(rows, key=lambda row: row['name'])[:3], COLOURS):
@@ -116,7 +116,7 @@ def test_limit_draws_the_same_rows(llava, data, tmp_path):
     names = []
     for seed in ('0', '0', '2'):
         out = tmp_path / f'{len(names)}'
-        assert run(llava, data, '--limit', '3', '--seed', seed, '--output', str(out), '--metrics', 'exact') == 0
+        assert run(llava, data, '--limit', '3', '--seed', seed, '--output', str(out), '--metrics', 'vqa') == 0
         names.append([json.loads(line)['name'] for line in (out / 'predictions.jsonl').read_text().splitlines()])
         assert json.loads((out / 'results.json').read_text())['rows'] == 3
     assert names[0] == names[1] and len({tuple(n) for n in names}) > 1
@@ -126,7 +126,7 @@ def test_batches_do_not_change_answers(llava, data, tmp_path):
     said = []
     for size in ('1', '3'):
         out = tmp_path / size
-        assert run(llava, data, '--batch-size', size, '--output', str(out), '--metrics', 'exact') == 0
+        assert run(llava, data, '--batch-size', size, '--output', str(out), '--metrics', 'vqa') == 0
         rows = [json.loads(line) for line in (out / 'predictions.jsonl').read_text().splitlines()]
         said.append({row['name']: row['said'] for row in rows})
     assert said[0] == said[1] and len(set(said[0].values())) > 1
@@ -143,8 +143,9 @@ def test_tables(llava, tmp_path):
     table = datasets.Dataset.from_dict(several).cast_column('images', datasets.List(datasets.Image()))
     (tmp_path / 'folder').mkdir()
     table.to_parquet(str(tmp_path / 'folder' / 'validation-0.parquet'))
-    assert run(llava, tmp_path / 'test.parquet', '--output', str(tmp_path / 'a'), '--json') == 0
-    assert run(llava, tmp_path / 'folder', '--split', 'validation', '--output', str(tmp_path / 'b')) == 0
+    metric = ('--metrics', 'vqa')
+    assert run(llava, tmp_path / 'test.parquet', '--output', str(tmp_path / 'a'), '--json', *metric) == 0
+    assert run(llava, tmp_path / 'folder', '--split', 'validation', '--output', str(tmp_path / 'b'), *metric) == 0
     for name in 'ab':
         results = json.loads((tmp_path / name / 'results.json').read_text())
         assert results['all']['questions'] == 3 and not results['bad_rows']
@@ -175,6 +176,11 @@ def test_rows_of_other_forms():
     messages = [{'role': 'system', 'content': 'S'}, {'role': 'user', 'content': 'Q'}]
     (question,) = questions_of({'messages': [*messages, {'role': 'assistant', 'content': 'A'}]}, 'n', None)
     assert question.turns == [('system', 'S'), ('user', 'Q')] and question.answers == ['A']
+    parts = [{'type': 'image'}, {'type': 'text', 'text': 'Q'}]
+    talk = [{'role': role, 'content': text} for role, text in (('user', parts), ('assistant', 'A'))] * 2
+    first, second = questions_of({'messages': talk, 'images': ['a', 'b'], 'question_type': ['x', 'y']}, 'n', None)
+    assert (first.kind, second.kind, first.images, second.images) == ('x', 'y', ['a'], ['a', 'b'])
+    assert first.turns == [('user', '<image>\nQ')] and second.name == 'n answer 2'
     (question,) = questions_of({'prompt': 'Q', 'label': 3, 'images': ['a', 'b']}, 'n', Path('/x'))
     assert question.answers == ['3'] and question.images == ['/x/a', '/x/b']
     for row in ({'conversations': [{'from': 'gpt', 'value': 'A'}]}, {'conversations': [{'from': 'x', 'value': 'A'}]}):

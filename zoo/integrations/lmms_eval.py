@@ -1,6 +1,6 @@
 """lmms-eval runs HoVLE, mmMamba, linearised models and any other image-text model of transformers as its model `zoo`.
 
-    pip install lmms-eval linear-zoo
+    pip install lmms-eval "filelock<3.25"    # beside this package; lmms-eval 0.7.3 imports what newer ones lack
     python -m lmms_eval --model zoo --model_args pretrained=FOLDER --tasks pope,textvqa --batch_size 8
 
 lmms-eval finds this class through the entry-point group `lmms_eval.models` (its docs/guides/model_guide.md). The

@@ -56,8 +56,9 @@ def questions_of(row: Any, name: str, folder: Path | None) -> list[Question]:
 
     Args:
         row: `{"conversations": [{"from": "human", "value": ...}, {"from": "gpt", ...}], "image": ...}`,
-            `{"messages": [{"role": ..., "content": text}], ...}` or `{"question", "answer" or "answers", "image"}`;
-            `image` may be a list or missing, `type` groups the results.
+            `{"messages": [{"role": ..., "content": text or parts}], ...}` or `{"question", "answer", "image"}`, with
+            several right answers as `answers`;
+            `image` may be a list or missing, `type` (one, or one an answer) groups the results.
         name: Where it comes from.
         folder: What relative image paths start from.
 
@@ -69,7 +70,8 @@ def questions_of(row: Any, name: str, folder: Path | None) -> list[Question]:
     pictures = _first(row, _IMAGES)
     listed = list(pictures) if isinstance(pictures, (list, tuple)) else [] if pictures in (None, '') else [pictures]
     images = [_picture(picture, folder) for picture in listed]
-    kind = str(_first(row, _KINDS) or '')
+    kinds = _first(row, _KINDS) or ''
+    kind = str(kinds[0] if isinstance(kinds, (list, tuple)) else kinds)
     said = row.get('conversations') or row.get('messages')
     if said is None:
         question, answers = _first(row, _QUESTIONS), _answers(_first(row, _ANSWERS))
@@ -86,6 +88,8 @@ def questions_of(row: Any, name: str, folder: Path | None) -> list[Question]:
     for number, i in enumerate(places):
         title = name if len(places) == 1 else f'{name} answer {number + 1}'
         seen = sum(text.count('<image>') for _, text in turns[:i])
+        if isinstance(kinds, (list, tuple)) and number < len(kinds):
+            kind = str(kinds[number])
         found.append(Question(title, turns[:i], images[:seen] if seen else images, [turns[i][1]], kind))
     return found
 
@@ -95,6 +99,9 @@ def _turns(said: Any) -> list[tuple[str, str]]:
     for turn in said if isinstance(said, (list, tuple)) else [said]:
         role = _ROLES.get(str((turn.get('from') or turn.get('role')) if isinstance(turn, dict) else None))
         text = (turn.get('value') if 'value' in turn else turn.get('content')) if role else None
+        if isinstance(text, list):  # contents as transformers lists them
+            parts = [part if isinstance(part, dict) else {} for part in text]
+            text = ''.join('<image>\n' if part.get('type') == 'image' else str(part.get('text', '')) for part in parts)
         if role is None or not isinstance(text, str):
             raise BadRow('has a turn without a known speaker (human, gpt, system) and a text')
         turns.append((role, text))

@@ -222,7 +222,10 @@ def _thumbnail(images: list) -> Any:
 
 def _caption(question: Question, row: dict[str, Any]) -> str:
     asked = ' '.join(question.turns[-1][1].replace('<image>', ' ').split())
-    lines = (asked, f'said: {row["said"]}', f'is: {row["answers"][0]}')
+    lines = [
+        ''.join(c if c.isprintable() else '?' for c in line)
+        for line in (asked, f'said: {row["said"]}', f'is: {row["answers"][0]}')
+    ]
     return '\n'.join(textwrap.shorten(line.replace('$', r'\$'), 34, placeholder='...') or '-' for line in lines)
 
 
