@@ -10,7 +10,8 @@ rows x (B, C) of tokens:
     mamba2_step_       [v | k | q | gate | dt] of mmMamba's layer -> its heads' outputs, the state S updated in place:
                        dt = softplus(dt + dt_bias); S = exp(-dt exp(A_log)) S + dt v k^T;
                        y = RMSNorm(S q + D v) * weight * silu(gate)
-    decode_attention   y = softmax(scale q K^T) V over the first `length` entries of a key-value buffer
+    rotate_and_store_  rotary embedding of queries and keys; keys and values go to one entry of a key-value buffer
+    decode_attention   y = softmax(scale q K^T) V over the first `length` entries of that buffer
 
 None has a gradient. On a GPU they work inside a captured CUDA graph: `length` and `start` are read on the device,
 states are overwritten in place. Sources: mmMamba, arXiv 2502.13145; keys split over programs as in Flash-Decoding
@@ -29,8 +30,16 @@ from zoo.kernels import _dispatch
 from zoo.kernels._op import Op
 from zoo.kernels.causal_conv import causal_conv_step_
 
-__all__ = ['decode_attention', 'mamba2_step_', 'naive_decode_attention', 'naive_mamba2_step', 'token_linear',
-           'token_projections_', 'token_swiglu']  # fmt: skip
+__all__ = [
+    'decode_attention',
+    'mamba2_step_',
+    'naive_decode_attention',
+    'naive_mamba2_step',
+    'rotate_and_store_',
+    'token_linear',
+    'token_projections_',
+    'token_swiglu',
+]
 
 MAX_ROWS = 4  # tokens up to which products without matrix units are the fastest (an estimate)
 MAX_HEAD = 256
@@ -272,6 +281,67 @@ def mamba2_step_(
     y, new = naive_mamba2_step(*arguments)
     state.copy_(new)
     return y
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (..., d) in fp32 or wider, halves of the last axis as pairs; cos and sin broadcast against it."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    a, b = x.to(wide).chunk(2, -1)
+    return (torch.cat((a, b), -1) * cos.to(wide) + torch.cat((-b, a), -1) * sin.to(wide)).to(x.dtype)
+
+
+@torch.library.custom_op('zoo::rotate_and_store_', mutates_args=('keys', 'values'))
+def _rotate_op(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, place: Tensor
+) -> Tensor:
+    return _dispatch.triton_module('decode_attention').rotate_and_store_(q, k, v, cos, sin, keys, values, place)
+
+
+@_rotate_op.register_fake
+def _(q, k, v, cos, sin, keys, values, place):
+    return q.new_empty(q.shape[0], q.shape[1] * q.shape[2], q.shape[3])
+
+
+def rotate_and_store_(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, place: Tensor
+) -> Tensor:
+    """Rotary embedding of one token's queries and keys, and its entry in the buffer.
+
+    Args:
+        q: (B, K, G, d): the queries of each key head.
+        k: (B, K, d).
+        v: (B, K, d).
+        cos: (B or 1, d) cosines, the two halves alike, as transformers' rotary modules give them.
+        sin: (B or 1, d).
+        keys: (B, K, capacity, d), written at `place`; the same for values.
+        values: (B, K, capacity, d).
+        place: the entry, one integer on q's device.
+
+    Returns:
+        The rotated queries (B, K G, d).
+
+    Raises:
+        ValueError: for shapes that do not fit, or arguments that want a gradient.
+    """
+    batch, kv, _, dim = q.shape
+    if k.shape != (batch, kv, dim) or v.shape != k.shape or dim % 2:
+        raise ValueError(
+            f'rotate_and_store_: k and v must be (B, K, d) for q {tuple(q.shape)} = (B, K, G, d) with d even, '
+            f'got {tuple(k.shape)} and {tuple(v.shape)}'
+        )
+    if cos.shape not in ((batch, dim), (1, dim)) or sin.shape != cos.shape:
+        raise ValueError(f'rotate_and_store_: cos and sin must be (B or 1, d), got {tuple(cos.shape)}')
+    if keys.shape[:2] != k.shape[:2] or keys.shape[3] != dim or values.shape != keys.shape or place.numel() != 1:
+        raise ValueError(
+            f'rotate_and_store_: keys and values must be (B, K, capacity, d) and place one integer, '
+            f'got {tuple(keys.shape)}, {tuple(values.shape)} and {tuple(place.shape)}'
+        )
+    _refuse_gradients('rotate_and_store_', q, k, v)
+    if q.numel() and dim <= MAX_HEAD and keys.is_contiguous() and _dispatch.takes_triton('decode_attention', q):
+        return _rotate_op(q, k, v, cos, sin, keys, values, place)
+    keys.index_copy_(2, place.view(1), _rotated(k, cos.unsqueeze(1), sin.unsqueeze(1)).unsqueeze(2))
+    values.index_copy_(2, place.view(1), v.unsqueeze(2))
+    return _rotated(q, cos[:, None, None], sin[:, None, None]).flatten(1, 2)
 
 
 def naive_decode_attention(

@@ -112,6 +112,30 @@ def test_attention_over_a_buffer(heads, kv, dim, length, backend):
     assert error(plain, F.scaled_dot_product_attention(q[:1, :, None].double(), k, v)[:, :, 0]) < 1e-5
 
 
+@pytest.mark.parametrize('backend', BACKENDS)
+@pytest.mark.parametrize('rows', [1, 3])
+def test_rotary_embedding_and_the_entry(rows, backend):
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    kv, group, dim, capacity, entry = 2, 3, 12, 7, 4
+    mixed = draw(3, kv, group + 2, dim)
+    q, k, v = mixed[:, :, :-2], mixed[:, :, -2], mixed[:, :, -1]
+    angles = torch.cat([draw(rows, dim // 2)] * 2, -1)
+    keys, values = draw(3, kv, capacity, dim), draw(3, kv, capacity, dim)
+    before = keys.clone(), values.clone()
+    parts = q.flatten(1, 2).unsqueeze(2), k.unsqueeze(2), angles.cos()[:, None], angles.sin()[:, None]
+    rotated, key = apply_rotary_pos_emb(*parts)
+    with zoo.kernel_backend(backend):
+        place = torch.tensor([entry], device=DEVICE)
+        y = decode.rotate_and_store_(q, k, v, angles.cos(), angles.sin(), keys, values, place)
+    torch.testing.assert_close(y, rotated[:, :, 0])
+    torch.testing.assert_close(keys[:, :, entry], key[:, :, 0])
+    assert torch.equal(values[:, :, entry], v)
+    others = [i for i in range(capacity) if i != entry]
+    assert torch.equal(keys[:, :, others], before[0][:, :, others])
+    assert torch.equal(values[:, :, others], before[1][:, :, others])
+
+
 def test_custom_ops_are_sound():
     x, w = draw(1, 16), draw(8, 16)
     torch.library.opcheck(torch.ops.zoo.token_linear, (x, w, None, None))

@@ -1,5 +1,6 @@
 """Softmax attention of one token over a long key-value buffer on GPUs: keys split over programs, then a merge.
 
+The token's own entry is written before, with the rotary embedding of its key and queries.
 How many keys count is read on the device, so a captured graph serves a growing buffer: a program takes an equal share
 of the keys that there are. The query heads of a key head are the rows of one product.
 """
@@ -91,6 +92,51 @@ def decode_attention_merge_kernel(
         acc = acc * keep + tl.sum(weights[:, None] * tile, 0)
         top = new
     tl.store(y + head * D + dims, (acc / total).to(y.dtype.element_ty), mask=dims < D)
+
+
+@triton.jit(do_not_specialize=['q_b', 'q_k', 'q_g', 'k_b', 'k_k', 'v_b', 'v_k', 'r_b', 'capacity'])
+def rotate_and_store_kernel(
+    q, k, v, cos, sin, keys, values, place, y, q_b, q_k, q_g, k_b, k_k, v_b, v_k, r_b, capacity,
+    K: tl.constexpr, G: tl.constexpr, BG: tl.constexpr, HALF: tl.constexpr, BH: tl.constexpr,
+):  # fmt: skip
+    """Program: (row, key head), with its queries."""
+    head = tl.program_id(0) % K
+    b = (tl.program_id(0) // K).to(tl.int64)
+    c = tl.arange(0, BH)
+    ok = c < HALF
+    low_cos = tl.load(cos + b * r_b + c, mask=ok, other=0.0).to(tl.float32)
+    high_cos = tl.load(cos + b * r_b + HALF + c, mask=ok, other=0.0).to(tl.float32)
+    low_sin = tl.load(sin + b * r_b + c, mask=ok, other=0.0).to(tl.float32)
+    high_sin = tl.load(sin + b * r_b + HALF + c, mask=ok, other=0.0).to(tl.float32)
+    to = ((b * K + head) * capacity + tl.load(place)) * (2 * HALF) + c
+    kind = keys.dtype.element_ty
+    low = tl.load(k + b * k_b + head * k_k + c, mask=ok, other=0.0).to(tl.float32)
+    high = tl.load(k + b * k_b + head * k_k + HALF + c, mask=ok, other=0.0).to(tl.float32)
+    tl.store(keys + to, (low * low_cos - high * low_sin).to(kind), mask=ok)
+    tl.store(keys + to + HALF, (high * high_cos + low * high_sin).to(kind), mask=ok)
+    tl.store(values + to, tl.load(v + b * v_b + head * v_k + c, mask=ok, other=0.0), mask=ok)
+    tl.store(values + to + HALF, tl.load(v + b * v_b + head * v_k + HALF + c, mask=ok, other=0.0), mask=ok)
+    g = tl.arange(0, BG)[:, None]
+    inside = (g < G) & ok[None, :]
+    at = q + b * q_b + head * q_k + g * q_g + c[None, :]
+    low = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    high = tl.load(at + HALF, mask=inside, other=0.0).to(tl.float32)
+    to = y + ((b * K + head) * G + g) * (2 * HALF) + c[None, :]
+    tl.store(to, (low * low_cos[None, :] - high * low_sin[None, :]).to(kind), mask=inside)
+    tl.store(to + HALF, (high * high_cos[None, :] + low * high_sin[None, :]).to(kind), mask=inside)
+
+
+def rotate_and_store_(q, k, v, cos, sin, keys, values, place):
+    """Rotated queries (B, K G, d); keys and values, contiguous, take their entry."""
+    q, k, v, cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v, cos, sin))
+    B, K, G, D = q.shape
+    sin = sin if sin.stride(0) == cos.stride(0) else sin.contiguous()
+    y = torch.empty((B, K * G, D), dtype=q.dtype, device=q.device)
+    consts = {'K': K, 'G': G, 'BG': next_power(G, 1), 'HALF': D // 2, 'BH': next_power(D // 2)}
+    sizes = (*q.stride()[:3], *k.stride()[:2], *v.stride()[:2], 0 if len(cos) == 1 else cos.stride(0), keys.shape[2])
+    tensors = (q, k, v, cos, sin, keys, values, place, y)
+    launch(rotate_and_store_kernel, (B * K, 1, 1), tensors, sizes, consts, warps=1)
+    return y
 
 
 def _buffer(x: torch.Tensor) -> torch.Tensor:

@@ -18,8 +18,8 @@ from transformers.cache_utils import CacheLayerMixin
 
 from zoo.backbones._mixer import Mixer
 from zoo.backbones._state import LinearStateLayer
-from zoo.backbones.hovle import HoVLELayer
-from zoo.kernels.decode import MAX_ROWS, decode_attention, token_linear, token_swiglu
+from zoo.backbones.hovle import HoVLEAttention, HoVLELayer
+from zoo.kernels.decode import MAX_ROWS, decode_attention, rotate_and_store_, token_linear, token_swiglu
 from zoo.kernels.norm import rms_norm
 
 ATTENTION = 'zoo_decode'
@@ -122,6 +122,23 @@ def _layer(layer: HoVLELayer) -> Callable:
     return forward
 
 
+def _softmax(module: HoVLEAttention) -> Callable:
+    """The attention with its rotary embedding and the buffer's new entry in one launch."""
+    shape = (module.num_key_value_heads, module.num_key_value_groups + 2, module.head_dim)
+
+    def forward(hidden_states: Tensor, position_embeddings: tuple, attention_mask: Any = None,
+                past_key_values: Cache | None = None, **kwargs) -> tuple[Tensor, None]:  # fmt: skip
+        step, slot = _running[-1], past_key_values.layers[module.layer_idx]
+        qkv = module.wqkv(hidden_states).view(-1, *shape)
+        cos, sin = (t[:, 0] for t in position_embeddings)
+        entry = qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1], cos, sin, slot.keys, slot.values, step.place
+        query = rotate_and_store_(*entry)
+        out = decode_attention(query, slot.keys, slot.values, step.count, start=step.start, scale=module.scaling)
+        return module.wo(out.flatten(1).unsqueeze(1)), None
+
+    return forward
+
+
 def _norm(module: nn.Module) -> Callable:
     return lambda x: rms_norm(x, module.weight, module.variance_epsilon)
 
@@ -142,6 +159,8 @@ def _single_token_forward(module: nn.Module) -> Callable | None:
     kind = type(module)
     if kind is nn.Linear:
         return _linear(module)
+    if kind is HoVLEAttention:
+        return _softmax(module)
     if kind is HoVLELayer and _swiglu_maps(module.feed_forward):
         return _layer(module)
     maps = _swiglu_maps(module)

@@ -174,7 +174,7 @@ class _Decoder:
             return 'the cache is not a new one of full-attention and linear layers'
         if cache.layer_class_to_replicate not in (None, DynamicLayer) or cache.offloading:
             return 'the cache is of a special kind'
-        if isinstance(mask, Tensor) and (mask.ndim != 2 or not bool((mask.diff(dim=1) >= 0).all())):
+        if isinstance(mask, Tensor) and (mask.ndim != 2 or not bool((mask.long().diff(dim=1) >= 0).all())):
             return 'padding is not on the left'
         return None
 
