@@ -41,7 +41,7 @@ def config(dtype: torch.dtype, C: int) -> Config:
     """The fixed table of block sizes; every row has a case in tests/gpu/check_block_tail.py."""
     if interpreting():
         return Config(16, 16, 4, 2)
-    return Config(64, 64, 4, 2) if C <= 128 else Config(128, 64, 8, 2)
+    return Config(64, 64, 4, 2) if C <= 128 else Config(128, 32, 8, 3)
 
 
 def pieces(C: int) -> tuple[int, int]:

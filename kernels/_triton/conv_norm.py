@@ -33,7 +33,7 @@ def config(few: bool, c_in: int) -> Config:
     """The fixed table of block sizes; every row has a case in tests/gpu/check_conv_norm.py."""
     if few:
         return Config(16 if interpreting() else 64, 32, 4, 2)
-    return Config(16 if interpreting() else 128, min(32, c_in & -c_in), 8, 4)
+    return Config(16 if interpreting() else 64, min(32, c_in & -c_in), 4, 4)
 
 
 def unsupported(dtype: torch.dtype, c_in: int, c_out: int) -> str | None:
