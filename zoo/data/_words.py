@@ -1,4 +1,4 @@
-"""A word-level tokenizer and a LLaVA processor built in code: for data sets whose vocabulary is known, without files."""
+"""A word-level tokenizer and a LLaVA processor built in code, for data sets whose vocabulary is known."""
 
 from __future__ import annotations
 
