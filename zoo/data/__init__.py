@@ -1,4 +1,4 @@
-"""Data modules: images and labels with resumable order, clear errors and counted failures."""
+"""Data modules: images with labels or conversations, resumable order, clear errors and counted failures."""
 
 from zoo.data.base import ImageData
 from zoo.data.conversations import Conversations
@@ -11,4 +11,16 @@ from zoo.data.shapes import Shapes
 from zoo.data.shards import TarShards
 from zoo.data.transforms import Augment, View
 
-__all__ = ['Augment', 'Digits', 'HubImages', 'ImageData', 'ImageFolder', 'ImageList', 'Shapes', 'TarShards', 'View']
+__all__ = [
+    'Augment',
+    'Conversations',
+    'Digits',
+    'HubImages',
+    'ImageData',
+    'ImageFolder',
+    'ImageList',
+    'ImageQuestions',
+    'Shapes',
+    'TarShards',
+    'View',
+]

@@ -210,11 +210,11 @@ def _encode_stream(encoder: ChatEncoder, decoded: list[dict[str, Any]]) -> dict[
 
 
 class Conversations(ChatData):
-    """Image-text conversations: JSON lines, Hugging Face data sets, or webdataset tar shards, told apart by their names.
+    """Image-text conversations: JSON lines, Hugging Face data sets or tar shards, told apart by their names.
 
     Args:
-        train: Files of JSON lines (.jsonl, .json), tar shards (.tar: braces, globs and http(s) too), or a folder or file
-            of parquet, or a hub name, whose split of that name is taken.
+        train: Files of JSON lines (.jsonl, .json), tar shards (.tar: braces, globs and http(s) too), or a folder or
+            file of parquet, or a hub name, whose split of that name is taken.
         processor: Folder or hub name of a transformers processor, usually the model's.
         val: Like train; without it a part of the training rows is held out.
         test: Like train; without it `test` evaluates the validation rows.

@@ -109,8 +109,8 @@ class ShardStream(IterableDataset):
     Args:
         shards: Files or addresses.
         transform: Image to tensor.
-        options: seed, mode, shuffle_buffer, batch_size, rank, world_size, batches (per epoch and rank, None for one pass
-            in order); for classes label_key and num_classes.
+        options: seed, mode, shuffle_buffer, batch_size, rank, world_size, batches (per epoch and rank, None for one
+            pass in order); for classes label_key and num_classes.
     """
 
     def __init__(self, shards: list[str], transform: Callable | None, **options: Any) -> None:
