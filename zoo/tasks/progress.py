@@ -31,6 +31,7 @@ class EpochLine(Callback):
             ('train/loss_epoch', 'train loss', '{:.4f}'),
             ('val/loss', 'val loss', '{:.4f}'),
             ('val/top1', 'val accuracy', '{:.2%}'),
+            ('val/exact', 'val exact match', '{:.2%}'),
         ):
             if key in metrics:
                 parts.append(f'{label} {form.format(float(metrics[key])).replace("%", " %")}')
@@ -62,7 +63,7 @@ class Throughput(Callback):
         if self._since is None:
             self._since = self._last
         else:
-            self._images += len(batch['target']) * trainer.world_size
+            self._images += len(batch['name']) * trainer.world_size
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._images:
