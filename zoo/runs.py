@@ -359,7 +359,7 @@ class ZooCLI(LightningCLI):
         else:
             kwargs['logger'] = False
             kwargs['enable_checkpointing'] = False
-        if self.subcommand in ('fit', 'test'):
+        if self.subcommand in ('fit', 'test') and hasattr(self.model, 'num_classes'):
             callbacks.append(self._test_report())
         if config.get('enable_progress_bar') is None:
             kwargs['enable_progress_bar'] = sys.stdout.isatty()

@@ -93,9 +93,7 @@ def heads_loss(
     errors: dict[int, torch.Tensor] = {}
     for layer in sorted(mixers):
         mixer, target = mixers[layer], targets.pop(layer)
-        error = head_error(
-            mixer.heads(target.inputs, padding_mask=padding_mask, **target.kwargs), target.heads, keep
-        )
+        error = head_error(mixer.heads(target.inputs, padding_mask=padding_mask, **target.kwargs), target.heads, keep)
         errors[layer] = error.detach()
         trained = [p for p in mixer.parameters() if p.requires_grad]
         if trained and torch.is_grad_enabled():

@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 ALL = 'all'  # the row over all questions
 
 
-def show(table: Table) -> None:
+def show(title: str, table: Table, caption: str = '') -> None:
     """Prints a table, in full also where the output is a file."""
     console = Console()
-    (console if console.is_terminal else Console(width=120)).print(table)
+    console = console if console.is_terminal else Console(width=120)
+    console.print(title, table, *filter(None, [caption]), sep='\n', highlight=False)
 
 
 def say_stage(plan: Plan, index: int, student: Student, kl: float, agreement: float) -> None:
@@ -34,13 +35,13 @@ def say_stage(plan: Plan, index: int, student: Student, kl: float, agreement: fl
     softmax = f', softmax in layers {stage.softmax_layers}' if stage.softmax_layers else ''
     title = f'stage {index + 1}/{len(plan.stages)} {stage.name}: {stage.loss}, {stage.max_steps} steps{softmax}'
     caption = f'at its start: KL(teacher || student) {kl:.4g} nats a position, same first choice {agreement:.1%}'
-    table = Table(title=title, caption=caption, title_justify='left', caption_justify='left')
+    table = Table()
     table.add_column('parameters')
     table.add_column('trained', justify='right')
     table.add_column('of', justify='right')
     for kind, trained, total in parameter_rows(student):
         table.add_row(kind, f'{trained:,}', f'{total:,}')
-    show(table)
+    show(title, table, caption)
 
 
 # the final table
@@ -107,9 +108,7 @@ def say_table(models: list[Measured], chance: dict[str, float]) -> None:
     """Prints exact match per question type and the share of the teacher's margin above chance in brackets."""
     teacher, kinds = models[0], [*models[0].questions, ALL]
     asked = sum(teacher.questions.values())
-    table = Table(
-        title=f'{asked} questions: exact match (share of the margin above chance kept)', title_justify='left'
-    )
+    table = Table()
     table.add_column('')
     for model in models:
         table.add_column(model.name, justify='right')
@@ -129,7 +128,7 @@ def say_table(models: list[Measured], chance: dict[str, float]) -> None:
     if all(m.state_bytes for m in models):
         label = f'state bytes at {teacher.context} tokens'
         table.add_row(label, *(f'{m.state_bytes:,}' for m in models), '')
-    show(table)
+    show(f'{asked} questions: exact match (share of the margin above chance that is kept)', table)
 
 
 def write_json(path: Path, value: Any) -> None:

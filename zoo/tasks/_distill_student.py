@@ -52,6 +52,20 @@ class Student:
         self.adapters = {name: p for name, p in lora.items() if id(p) not in inside}
         set_trainable(self.mixers, lora.values(), stage)
 
+    def train_adapters(self, mode: bool) -> None:
+        """Switches the adapters' dropout, the only part of the student that differs in training."""
+        for name, module in self.model.named_modules():
+            if name.rsplit('.', 1)[-1] == 'lora_dropout' or '.lora_dropout.' in name:
+                module.train(mode)
+
+    def checkpoint_layers(self) -> None:
+        """Recomputes decoder layers in the backward pass; transformers does so in layers that are in training mode."""
+        from zoo.linearizer import decoder_layers
+
+        self.model.gradient_checkpointing_enable({'use_reentrant': False})
+        for layer in decoder_layers(self.model):
+            layer.training = True
+
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Everything that the student owns, by the name that files use."""
         own = {f'mixers.{i}.{name}': p for i, m in self.mixers.items() for name, p in m.named_parameters()}

@@ -17,7 +17,16 @@ import zoo
 from zoo.errors import RunError, ZooError
 
 MODEL = 'model'  # the transformers folder that a run of zoo.tasks.FinetuneVLM leaves
-_LAUNCHER = ('LOCAL_RANK', 'RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'NODE_RANK', 'GROUP_RANK', 'MASTER_ADDR', 'MASTER_PORT')
+_LAUNCHER = (
+    'LOCAL_RANK',
+    'RANK',
+    'WORLD_SIZE',
+    'LOCAL_WORLD_SIZE',
+    'NODE_RANK',
+    'GROUP_RANK',
+    'MASTER_ADDR',
+    'MASTER_PORT',
+)
 
 
 def is_recipe(name: str) -> bool:

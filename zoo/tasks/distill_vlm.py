@@ -6,7 +6,6 @@ the mixers' new parameters alone, then with q, k and v; the last stage matches l
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +32,17 @@ from zoo.tasks._distill_teacher import check_data, load_teacher, prepare_teacher
 from zoo.tasks.optim import as_dataclass, as_plain
 
 
+# of the frozen tensors; in 16-mixed they stay in fp32, as many teachers overflow in fp16
+_DTYPES = {'bf16-mixed': torch.bfloat16, 'bf16-true': torch.bfloat16, '16-true': torch.float16}
+
+
 class DistillVLM(LightningModule):
     """Distils a transformers vision-language model into one whose decoder is linear, or a hybrid.
 
     Args:
-        teacher: A transformers folder or hub name, or the YAML of a run that trains it first (RUN/teacher, once).
+        teacher: A transformers folder or hub name, or the YAML of a run that trains it first, once, beside this one.
         stages: The stages in order.
+        teacher_arguments: Command line of the run that trains the teacher, behind its config.
         mixer: Linear mixer of the student, see zoo.linearize.
         mixer_options: Its arguments.
         stage: Run this stage alone.
@@ -47,13 +51,13 @@ class DistillVLM(LightningModule):
         chunk: Positions whose logits are in memory at one time.
         gradient_checkpointing: Recompute the student's decoder layers in the backward pass of logits stages.
         check_finite: Whether to stop at a loss that is not finite.
-        report: What is measured when the stages are done.
     """
 
     def __init__(
         self,
         teacher: str,
         stages: list[Stage],
+        teacher_arguments: list[str] | None = None,
         mixer: str = 'mamba2',
         mixer_options: dict[str, Any] | None = None,
         stage: str | None = None,
@@ -68,12 +72,13 @@ class DistillVLM(LightningModule):
         settings = {k: v for k, v in locals().items() if k not in ('self', '__class__')}
         self.save_hyperparameters({**settings, 'stages': [as_plain(s) for s in stages]})
         self.plan = Plan(stages, stage, start_from, from_scratch)
-        self.teacher_name, self.mixer, self.mixer_options = teacher, mixer, mixer_options or {}
+        self.teacher_name, self.teacher_arguments = teacher, teacher_arguments or []
+        self.mixer, self.mixer_options = mixer, mixer_options or {}
         self.chunk, self.gradient_checkpointing, self.check_finite = chunk, gradient_checkpointing, check_finite
         self.index = 0
         self.mixers, self.adapters = nn.ModuleDict(), nn.ParameterDict()
         # outside the module tree: their tensors are the teacher's, which are neither trained nor saved
-        self.__dict__.update(_teacher=None, _student=None, _announced=False)
+        self.__dict__.update(_teacher=None, _student=None, _announced=False, _errors={})
 
     # the stages
 
@@ -101,7 +106,11 @@ class DistillVLM(LightningModule):
         self.__dict__['_student'] = student
         self.mixers = nn.ModuleDict({str(i): m for i, m in student.mixers.items()})
         self.adapters = nn.ParameterDict({name.replace('.', '/'): p for name, p in student.adapters.items()})
-        self.trainer.strategy.precision_plugin.convert_module(self)
+        if self.trainer.precision.endswith('mixed'):
+            for parameter in student.named_parameters().values():
+                parameter.data = parameter.data.float()  # the frozen rest may be in half precision, what is trained not
+        else:
+            self.trainer.strategy.precision_plugin.convert_module(self)
         if self.gradient_checkpointing and self.now.loss == 'logits':
             student.checkpoint_layers()
         student.model.to(self.device)
@@ -152,10 +161,9 @@ class DistillVLM(LightningModule):
                 f'{type(self).__name__} has fit alone: its students are transformers folders; evaluate them with '
                 f'zoo eval-vlm RUN/{self.plan.stages[-1].name}'
             )
-        folder = prepare_teacher(self.teacher_name, self.run_dir, trainer)
-        half = trainer.precision in ('bf16-mixed', 'bf16-true', '16-mixed', '16-true')
-        teacher = load_teacher(folder, (torch.bfloat16 if 'bf16' in trainer.precision else torch.float16) if half else torch.float32)
-        self.__dict__['_teacher'], self.__dict__['_teacher_folder'] = teacher, folder
+        folder = prepare_teacher(self.teacher_name, self.run_dir.parent, trainer, self.teacher_arguments)
+        teacher = load_teacher(folder, _DTYPES.get(trainer.precision, torch.float32))
+        self.__dict__.update(_teacher=teacher, _teacher_folder=folder)
         check_data(teacher, folder, trainer.datamodule)
         self.__dict__['_accumulate'] = trainer.accumulate_grad_batches
         if trainer.max_steps == -1:
@@ -191,12 +199,20 @@ class DistillVLM(LightningModule):
             self.trainer.datamodule.set_epoch(self.current_epoch)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        while self.index < (due := self.plan.index_at(self.global_step)):
+        while self.index < self.plan.index_at(self.global_step):
             self._advance(self.index + 1)
-        del due
         if not self._announced:
             self._announce(batch)
         seed_all(run_seed(), self.current_epoch, batch_idx, self.global_rank)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.now.loss == 'heads' and (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
+            self._log_now({f'layers/{i:02d}': float(e) for i, e in self._errors.items()})
+
+    def _log_now(self, metrics: dict[str, float]) -> None:
+        """Logs values of this step alone; what `log` was given once stays in every later row of the epoch."""
+        for logger in self.loggers:
+            logger.log_metrics(metrics, step=self.global_step)
 
     def on_train_end(self) -> None:
         if self.global_step >= self.plan.total_steps:
@@ -226,7 +242,7 @@ class DistillVLM(LightningModule):
         size = len(inputs['input_ids'])
         if self.now.loss == 'heads':
             loss, errors = self._heads(inputs, mask)
-            self.log_dict({f'layers/{i:02d}': e for i, e in errors.items()}, batch_size=size)
+            self.__dict__['_errors'] = errors
         else:
             self._student.train_adapters(True)
             found = self._logits(inputs, mask, labels)
@@ -235,7 +251,7 @@ class DistillVLM(LightningModule):
             if self.now.ce_weight:
                 self.log('train/ce', found.ce, batch_size=size)
         if self.check_finite and not torch.isfinite(loss):
-            raise self._diverged(batch, batch_idx)
+            raise self._diverged(batch_idx)
         self.log('train/loss', loss.detach(), prog_bar=True, on_step=True, on_epoch=True, batch_size=size)
         self.log('stage', float(self.index), batch_size=size)
         return loss
@@ -284,7 +300,7 @@ class DistillVLM(LightningModule):
         self._student.train_adapters(False)
         with self.trainer.precision_plugin.train_step_context():
             found = self._logits(inputs, mask, labels)
-        self.log('stage/start_kl', found.kl, batch_size=len(inputs['input_ids']))
+        self._log_now({'stage/start_kl': float(found.kl)})
         if self.trainer.is_global_zero:
             say_stage(self.plan, self.index, self._student, float(found.kl), float(found.agreement))
         self.__dict__['_announced'] = True
@@ -292,3 +308,10 @@ class DistillVLM(LightningModule):
     def _unpack(self, batch: dict[str, Any]) -> tuple[dict[str, Any], torch.Tensor | None, torch.Tensor | None]:
         inputs = batch['inputs']
         return inputs, inputs.get('attention_mask'), batch.get('labels')
+
+    def _diverged(self, batch_idx: int) -> RunError:
+        return RunError(
+            f'the loss is not finite at step {self.global_step} (stage {self.now.name!r}, epoch {self.current_epoch}, '
+            f'batch {batch_idx})\nWhat helps: a lower optim.lr of the stage, --trainer.gradient_clip_val 2, a longer '
+            'wsd.warmup, or bf16-mixed instead of 16-mixed'
+        )
