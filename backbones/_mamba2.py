@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from zoo.backbones._mixer import Mixer
 from zoo.backbones._state import LinearStateLayer
-from zoo.kernels.norm import rms_norm
+from zoo.kernels.causal_conv import causal_conv, causal_conv_step_
+from zoo.kernels.norm import gated_rms_norm
 from zoo.kernels.ssd import ssd, ssd_step_
 
-__all__ = ['Mamba2Mixer']
+__all__ = ['Mamba2Mixer', 'convolve']
 
 
 class Mamba2Mixer(Mixer):
@@ -141,8 +142,7 @@ class Mamba2Mixer(Mixer):
         y = self._scan(v, dt, k, q, state)
         if self.g_norm is None:
             return y
-        gate = self.g_proj(hidden_states).view(y.shape)
-        return rms_norm(y, self.g_norm.weight, self.norm_eps) * F.silu(gate)
+        return gated_rms_norm(y, self.g_norm.weight, self.g_proj(hidden_states).view(y.shape), self.norm_eps)
 
     def _project(self, u: Tensor) -> Tensor:
         """(B, L, (2 K + H) d): values, keys and queries of all heads side by side, in this order."""
@@ -158,10 +158,7 @@ class Mamba2Mixer(Mixer):
         if self.conv1d is None:
             x = F.silu(vkq)
         else:
-            past = None if state is None else state.columns()
-            x = F.silu(_causal_conv(vkq, self.conv1d.weight, self.conv1d.bias, past))
-            if state is not None:
-                state.push_columns(vkq, self.conv_width)
+            x = convolve(vkq, self.conv1d, 'silu', state)
         kv = self.num_kv_heads * self.head_dim
         v, k, q = (t.unflatten(-1, (-1, self.head_dim)) for t in x.split((kv, kv, x.shape[-1] - 2 * kv), -1))
         if self.q_layer_norm is not None:
@@ -181,13 +178,13 @@ class Mamba2Mixer(Mixer):
         return y
 
 
-def _causal_conv(x: Tensor, weight: Tensor, bias: Tensor, past: Tensor | None) -> Tensor:
-    """Depthwise causal convolution of x (B, L, C) by weight (C, 1, W) after the columns `past` (B, C, W) or zeros."""
-    width = weight.shape[-1]
-    before = x.new_zeros(x.shape[0], width - 1, x.shape[2]) if past is None else past[..., 1:].transpose(1, 2)
-    padded = torch.cat((before, x), 1)
-    taps = weight[:, 0].unbind(-1)
-    out = torch.addcmul(bias, x, taps[-1])
-    for i in range(width - 1):
-        out = torch.addcmul(out, padded[:, i : i + x.shape[1]], taps[i])
-    return out
+def convolve(x: Tensor, conv: nn.Conv1d, activation: str | None, state: LinearStateLayer | None) -> Tensor:
+    """Depthwise causal convolution of x (B, L, C) after the columns of `state`, which keeps the newest W of them."""
+    weight, bias = conv.weight.squeeze(1), conv.bias
+    past = None if state is None else state.columns()
+    if past is not None and x.shape[1] == 1 and not torch.is_grad_enabled():
+        return causal_conv_step_(x[:, 0], weight, bias, past, activation=activation).unsqueeze(1)
+    y, _ = causal_conv(x, weight, bias, activation=activation, initial_state=past)
+    if state is not None:
+        state.push_columns(x, weight.shape[1])
+    return y

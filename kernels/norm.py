@@ -1,15 +1,17 @@
-"""RMSNorm and LayerNorm over the last dimension, with the addition to a residual stream before them.
+"""RMSNorm and LayerNorm over the last dimension, with the addition to a residual stream before them, or a gate after.
 
 For every row of C channels, in fp32 (fp64 for fp64 input):
 
     s = residual + gamma * sample_scale * x          the stream (s = x without a residual)
     RMSNorm    y = s / sqrt(mean(s^2) + eps) * weight
     LayerNorm  y = (s - mean(s)) / sqrt(var(s) + eps) * weight + bias
+    gated      y = x / sqrt(mean(x^2) + eps) * weight * silu(gate)
 
 `x` (..., C) is the output of a branch, `residual` (..., C) the stream it is added to, gamma (C,) LayerScale's factor
 per channel (arXiv 2103.17239), sample_scale (B,) stochastic depth's factor per sample (arXiv 1603.09382). RMSNorm is
 that of arXiv 1910.07467. A pre-norm network reads a branch and the stream once, and writes the new stream and the next
-branch's input once.
+branch's input once. The gated norm is the output stage of linear attention with a swish gate (arXiv 2312.06635,
+mmMamba's arXiv 2502.13145), per head.
 
 FLOP convention: none are counted, as for PyTorch's own norms.
 """
@@ -22,7 +24,7 @@ from torch import Tensor
 from zoo.kernels import _dispatch
 from zoo.kernels._op import Op
 
-__all__ = ['layer_norm', 'naive_norm', 'rms_norm']
+__all__ = ['gated_rms_norm', 'layer_norm', 'naive_gated_rms_norm', 'naive_norm', 'rms_norm']
 
 
 def naive_norm(x, residual, gamma, sample_scale, weight, bias, eps, center, dtype):
@@ -230,3 +232,68 @@ def layer_norm(
         ValueError: for shapes that do not fit, naming the argument.
     """
     return _norm('layer_norm', x, residual, gamma, sample_scale, weight, bias, eps, True, dtype)
+
+
+def naive_gated_rms_norm(x: Tensor, weight: Tensor, gate: Tensor, eps: float = 1e-5) -> Tensor:
+    """The formula in fp32 or fp64: the oracle."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    s, g = x.to(wide), gate.to(wide)
+    y = s * (s.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.to(wide) * g * g.sigmoid()
+    return y.to(x.dtype)
+
+
+def _gated_forward(x: Tensor, weight: Tensor, gate: Tensor, eps: float) -> Tensor:
+    return _dispatch.triton_module('norm').gated_norm_fwd(x, weight, gate, eps)
+
+
+def _gated_backward(x: Tensor, weight: Tensor, gate: Tensor, dy: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    return _dispatch.triton_module('norm').gated_norm_bwd(x, weight, gate, dy, eps)
+
+
+_gated_backward_op = Op(
+    'zoo::gated_rms_norm_backward',
+    _gated_backward,
+    lambda x, weight, gate, dy, eps: tuple(t.new_empty(t.shape) for t in (x, weight, gate)),
+)
+
+
+def _gated_setup(ctx, inputs, output):
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+_gated_op = Op(
+    'zoo::gated_rms_norm',
+    _gated_forward,
+    lambda x, weight, gate, eps: x.new_empty(x.shape),
+    _gated_setup,
+    lambda ctx, dy: (*_gated_backward_op(*ctx.saved_tensors, dy, ctx.eps), None),
+)
+
+
+def gated_rms_norm(x: Tensor, weight: Tensor, gate: Tensor, eps: float = 1e-5) -> Tensor:
+    """RMSNorm over the last dimension times silu(gate), in fp32 with one rounding at the end.
+
+    Args:
+        x: (..., H, C): outputs of H heads.
+        weight: (C,), shared by the heads.
+        gate: (..., H, C) before the SiLU; on the GPU a slice of a fused projection is read where it lies.
+        eps: added to the mean square.
+
+    Returns:
+        (..., H, C) in x's dtype.
+
+    Raises:
+        ValueError: for shapes that do not fit, naming the argument.
+    """
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f'gated_rms_norm: weight must be ({x.shape[-1]},), got {tuple(weight.shape)}')
+    if gate.shape != x.shape or x.ndim < 2:
+        raise ValueError(f'gated_rms_norm: gate must be (..., H, C) like x {tuple(x.shape)}, got {tuple(gate.shape)}')
+    if _dispatch.forced() == 'naive':
+        return naive_gated_rms_norm(x, weight, gate, eps)
+    if x.numel() and x.shape[-1] <= 1024 and _dispatch.takes_triton('norm', x):
+        return _gated_op(x, weight, gate, eps)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    y = F.rms_norm(x.to(wide), weight.shape, weight.to(wide), eps) * F.silu(gate.to(wide))
+    return y.to(x.dtype)

@@ -110,7 +110,7 @@ def _ssd_backward_op(
     dfinal: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    grads = _implementation(x, dt, B, backward=True).ssd_bwd(x, dt, A, B, C, D, initial_state, dy, dfinal, cu_seqlens)
+    grads = _implementation(x, dt, B).ssd_bwd(x, dt, A, B, C, D, initial_state, dy, dfinal, cu_seqlens)
     return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
 
 
@@ -194,12 +194,12 @@ def _(x, dt, A, B, C, state, D):
     return x.new_empty(x.shape)
 
 
-def _implementation(x: Tensor, dt: Tensor, B: Tensor, backward: bool = False):
+def _implementation(x: Tensor, dt: Tensor, B: Tensor):
     """The module whose `ssd_fwd`, `ssd_bwd`, ... run: the torch path or the Triton kernels."""
     if x.numel() == 0 or B.numel() == 0:
         return _torch_ssd
     module = _dispatch.triton_module('ssd') if _dispatch.may_use_triton(x) else None
-    unsupported = module.unsupported(x, dt, B, backward) if module is not None else None
+    unsupported = module.unsupported(x, dt, B) if module is not None else None
     return module if _dispatch.select('ssd', x, unsupported=unsupported) == 'triton' else _torch_ssd
 
 

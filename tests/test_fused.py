@@ -212,8 +212,23 @@ def test_adapters_on_projections_are_not_passed_by():
         torch.testing.assert_close(model(x), plain)
 
 
+@pytest.mark.parametrize('backend', BACKENDS)
+@pytest.mark.parametrize('shape', [(2, 9, 3, 24), (1, 1, 16), (0, 2, 16)], ids=str)
+def test_gated_norm(shape, backend):
+    """The gate as a slice of a fused projection, as mixers have it."""
+    heads, width = shape[-2:]
+    fused = draw(*shape[:-2], 2 * heads * width + 5)
+    start = fused.shape[-1] - heads * width
+
+    def gated(x, w, fused):
+        return norm.gated_rms_norm(x, w, fused[..., start:].unflatten(-1, (heads, width)))
+
+    compare(gated, [draw(*shape), draw(width), fused], backend)
+
+
 @pytest.mark.parametrize('op, args', [
     (norm._op, lambda: (draw(2, 5, 16), draw(2, 5, 16), None, None, draw(16), None, 1e-6, False, torch.float32)),
+    (norm._gated_op, lambda: (draw(2, 3, 16), draw(16), draw(2, 3, 16), 1e-5)),
     (swiglu._op, lambda: (draw(2, 16),)),
     (mix._gates_op, lambda: (draw(2, 5, 16), draw(32, 16), draw(32), 16.0)),
     (mix._mix_op, lambda: (*(draw(1, 3, 1, 16) for _ in range(3)), draw(16), draw(16), draw(16), 1e-6, True, False)),

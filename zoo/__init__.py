@@ -17,4 +17,13 @@ from zoo.kernels._dispatch import kernel_backend  # noqa: E402
 from zoo.registry import create_model, list_models  # noqa: E402
 
 __version__ = '0.1.0'
-__all__ = ['create_model', 'kernel_backend', 'list_models', '__version__']
+__all__ = ['create_model', 'kernel_backend', 'linearize', 'list_models', '__version__']
+
+
+def __getattr__(name: str):
+    # Looked up on first use; transformers is imported when the function is called.
+    if name == 'linearize':
+        from zoo.linearizer import linearize
+
+        return linearize
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

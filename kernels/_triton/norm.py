@@ -1,4 +1,5 @@
-"""RMSNorm and LayerNorm on GPUs, with the addition to the residual stream before them: one pass over memory each way.
+"""RMSNorm and LayerNorm on GPUs, with the addition to the residual stream before them, or a gate after them: one pass
+over memory each way.
 
 A program holds whole rows. The backward pass recomputes the statistics from the stream, and every program sums the
 gradients of the weights over its rows; the sums of the programs are added afterwards, in one order.
@@ -136,3 +137,76 @@ def norm_bwd(stream, x, gamma, sample, weight, bias, dy, dstream, eps, center, h
     grads = [dresidual, None if gamma is None else partial[2].sum(0).to(gamma.dtype)]
     grads += [partial[0].sum(0).to(weight.dtype), None if bias is None else partial[1].sum(0).to(bias.dtype)]
     return dx, *(torch.empty(0, dtype=dtype, device=device) if g is None else g for g in grads)
+
+
+@triton.jit(do_not_specialize=['N'])
+def gated_norm_fwd_kernel(
+    x, weight, gate, y, N, eps,
+    SX: tl.constexpr, SG: tl.constexpr, H: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Rows are (token, head); tokens lie SX and SG apart, the heads of one side by side."""
+    rows = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    cols = tl.arange(0, BC)
+    inside = (rows < N)[:, None] & (cols < C)[None, :]
+    head = ((rows % H) * C)[:, None] + cols[None, :]
+    h = tl.load(x + (rows // H)[:, None] * SX + head, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(gate + (rows // H)[:, None] * SG + head, mask=inside, other=0.0).to(tl.float32)
+    h *= tl.rsqrt(tl.sum(h * h, 1) / C + eps)[:, None]
+    h *= tl.load(weight + cols, mask=cols < C, other=0.0).to(tl.float32)[None, :] * g * tl.sigmoid(g)
+    tl.store(y + rows[:, None] * C + cols[None, :], h.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=['N', 'STEP'])
+def gated_norm_bwd_kernel(
+    x, weight, gate, dy, dx, dgate, partial, N, STEP, eps,
+    SX: tl.constexpr, SG: tl.constexpr, H: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    cols = tl.arange(0, BC)
+    w = tl.load(weight + cols, mask=cols < C, other=0.0).to(tl.float32)[None, :]
+    dweight = tl.zeros((BN, BC), tl.float32)
+    for start in range(tl.program_id(0) * BN, N, STEP):
+        rows = start + tl.arange(0, BN).to(tl.int64)
+        inside = (rows < N)[:, None] & (cols < C)[None, :]
+        head = ((rows % H) * C)[:, None] + cols[None, :]
+        at = rows[:, None] * C + cols[None, :]
+        h = tl.load(x + (rows // H)[:, None] * SX + head, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(gate + (rows // H)[:, None] * SG + head, mask=inside, other=0.0).to(tl.float32)
+        d = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
+        scale = tl.rsqrt(tl.sum(h * h, 1) / C + eps)[:, None]
+        h *= scale
+        s = tl.sigmoid(g)
+        tl.store(dgate + at, (d * h * w * s * (1.0 + g * (1.0 - s))).to(dgate.dtype.element_ty), mask=inside)
+        d *= g * s
+        dweight += d * h
+        d *= w
+        d = scale * (d - h * (tl.sum(d * h, 1) / C)[:, None])
+        tl.store(dx + at, d.to(dx.dtype.element_ty), mask=inside)
+    tl.store(partial + tl.program_id(0) * C + cols, tl.sum(dweight, 0), mask=cols < C)
+
+
+def _gated(x: Tensor, gate: Tensor, tile: int) -> tuple[Tensor, Tensor, int, dict]:
+    """x and gate as rows of heads, the number of rows and the constants of the kernels."""
+    H, C = x.shape[-2:]
+    N, BC = x.numel() // C, next_power(C)
+    x, SX = token_rows(x, 2)
+    gate, SG = token_rows(gate, 2)
+    return x, gate, N, {'SX': SX, 'SG': SG, 'H': H, 'C': C, 'BC': BC, 'BN': max(1, tile // BC)}
+
+
+def gated_norm_fwd(x, weight, gate, eps):
+    """(..., H, C) in x's dtype."""
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    x, gate, N, consts = _gated(x, gate, _TILE // 2)
+    launch(gated_norm_fwd_kernel, (ceil_div(N, consts['BN']), 1, 1), (x, weight, gate, y), (N, eps), consts)
+    return y
+
+
+def gated_norm_bwd(x, weight, gate, dy, eps):
+    """Gradients of x, weight and gate."""
+    dx, dgate = (torch.empty(t.shape, dtype=t.dtype, device=x.device) for t in (x, gate))
+    x, gate, N, consts = _gated(x, gate, _TILE // 4)
+    count = max(1, min(programs(x.device), ceil_div(N, consts['BN'])))
+    partial = torch.empty((count, consts['C']), dtype=torch.float32, device=x.device)
+    tensors = (x, weight, gate, dy.contiguous(), dx, dgate, partial)
+    launch(gated_norm_bwd_kernel, (count, 1, 1), tensors, (N, count * consts['BN'], eps), consts)
+    return dx, partial.sum(0).to(weight.dtype), dgate

@@ -279,7 +279,7 @@ def ssd_bwd_kernel_chunk(
     bs = load_tile(b_ptr, r, nn, b_t * A, ok_t, N, BN)
     cs = load_tile(c_ptr, r, nn, c_t * A, ok_t, N, BN)
     dweights = tl.zeros((BT, BT), dtype=tl.float32)
-    for pb in tl.static_range(NP):
+    for pb in range(NP):
         ys = load_tile(y_ptr, r, pb * BP + pp, y_t * A, ok_t, P, VP)
         xs = load_tile(x_ptr, r, pb * BP + pp, x_t * A, ok_t, P, VP)
         dweights = tl.dot(ys.to(CT), tl.trans(xs.to(CT)), acc=dweights, input_precision=PREC)
@@ -290,13 +290,16 @@ def ssd_bwd_kernel_chunk(
     dscores = dweights * (decay * steps[None, :])
     products = dweights * scores * steps[None, :]
     # Pairs j < t <= i summed without the others, which would have to cancel.
-    since = tl.sum(tl.where(j < i, mm(j >= i, products, CT, PREC), 0.0), 1)
+    since = mm(j >= i, products, CT, PREC)
+    if CT == tl.bfloat16:  # the gradient of A is a sum over all tokens with signs: it keeps what rounding leaves
+        since += mm(j >= i, products - products.to(CT).to(tl.float32), CT, PREC)
+    since = tl.sum(tl.where(j < i, since, 0.0), 1)
     scores = scores.to(CT)
     dscores = dscores.to(CT)
 
     acc = tl.zeros((BT, BN), dtype=tl.float32)
     held = tl.zeros((BN,), dtype=tl.float32)
-    for pb in tl.static_range(NP):
+    for pb in range(NP):
         rows = pb * BP + pp
         s = load_state(states, prefix, seg_state, at, at_seg, rows, nn, several, BN, VP, True)
         z = load_state(states, prefix, seg_state, adj, adj_seg, rows, nn, several, BN, VP, True)
@@ -311,7 +314,7 @@ def ssd_bwd_kernel_chunk(
     acc = tl.zeros((BT, BN), dtype=tl.float32)
     direct = tl.zeros((BT,), dtype=tl.float32)
     writes = tl.zeros((BT,), dtype=tl.float32)
-    for pb in tl.static_range(NP):
+    for pb in range(NP):
         rows = pb * BP + pp
         z = load_state(states, prefix, seg_state, adj, adj_seg, rows, nn, several, BN, VP, True)
         xs = load_tile(x_ptr, r, rows, x_t * A, ok_t, P, VP)

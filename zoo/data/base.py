@@ -19,7 +19,69 @@ from zoo.errors import ZooError
 _WARNED_ONE_BY_ONE = 3
 
 
-class ImageData(LightningDataModule):
+class ResumableData(LightningDataModule):
+    """Base of all data modules: where a run stands in its data, and the account of what could not be read.
+
+    Args:
+        batch_size: Samples per step and process.
+        num_workers: Loader processes.
+        strict: Whether an unreadable sample is an error; otherwise it is skipped and counted.
+    """
+
+    noun = 'image'
+
+    def __init__(self, batch_size: int, num_workers: int, strict: bool) -> None:
+        super().__init__()
+        if batch_size < 1 or num_workers < 0:
+            raise ZooError(f'batch_size {batch_size} must be positive and num_workers {num_workers} not negative')
+        self.batch_size, self.num_workers, self.strict = batch_size, num_workers, strict
+        self.skipped = 0
+        self._resume_at: tuple[int, int] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Epoch and number of batches that the next run has to start behind."""
+        loop = self.trainer.fit_loop
+        progress, batches = loop.epoch_progress.current, loop.epoch_loop.batch_progress.current.processed
+        epoch = progress.processed
+        if progress.ready == progress.processed:
+            batches = 0  # between epochs: the batch counter is still the last epoch's
+        elif batches >= self.trainer.num_training_batches:
+            epoch, batches = epoch + 1, 0  # in the validation that closes an epoch
+        return {'epoch': epoch, 'batches': batches, 'batch_size': self.batch_size, 'seed': run_seed()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # this hook is the last one before Lightning starts the workers, which prefetch at once
+        self._resume_at = (state_dict['epoch'], state_dict['batches'])
+        for key, now in (('batch_size', self.batch_size), ('seed', run_seed())):
+            if state_dict.get(key, now) != now:
+                warnings.warn(
+                    f'{key} is {now}, the checkpoint was written with {state_dict[key]}: the run goes on, but the '
+                    f'{self.noun}s of this epoch will not be the ones the first run would have seen',
+                    stacklevel=2,
+                )
+
+    def set_epoch(self, epoch: int) -> None:
+        """Streams override this; samplers get the epoch from Lightning."""
+
+    def report_failures(self, failures: list[tuple[str, str]]) -> None:
+        """Counts unreadable samples, which come from any worker; an error in strict mode."""
+        for name, error in failures:
+            if self.strict:
+                raise ZooError(f'unreadable {self.noun}: {name}\n  {error}\n(strict: true; false skips such files)')
+            self.skipped += 1
+            if self.skipped <= _WARNED_ONE_BY_ONE or self.skipped % 1000 == 0:
+                warnings.warn(
+                    f'skipped unreadable {self.noun} {name} ({error}); {self.skipped} so far',
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+
+    def _ranks(self) -> tuple[int, int]:
+        """Number of this process and number of processes."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+
+
+class ImageData(ResumableData):
     """Base of the image data modules; a subclass fills `class_names` and `splits` in `open_splits`.
 
     Args:
@@ -44,18 +106,13 @@ class ImageData(LightningDataModule):
         cache: Literal['memory'] | None = None,
         transform_on: Literal['worker', 'device'] = 'worker',
     ) -> None:
-        super().__init__()
-        if batch_size < 1 or num_workers < 0:
-            raise ZooError(f'batch_size {batch_size} must be positive and num_workers {num_workers} not negative')
-        self.batch_size, self.num_workers, self.strict = batch_size, num_workers, strict
+        super().__init__(batch_size, num_workers, strict)
         self.view, self.augment, self.cache = view, augment, cache
         self.device_transform = DeviceTransform(view, augment) if transform_on == 'device' else None
         if self.device_transform and not cache:
             raise ZooError('transform_on: device needs cache: memory')
         self.class_names: list[str] = []
         self.splits: dict[str, Source] = {}
-        self.skipped = 0
-        self._resume_at: tuple[int, int] | None = None
         self._opened = False
 
     def open_splits(self) -> None:
@@ -104,53 +161,16 @@ class ImageData(LightningDataModule):
         uniform = batch.pop('uniform', None)
         return {**batch, 'image': self.device_transform(batch['image'], uniform)}
 
-    def state_dict(self) -> dict[str, Any]:
-        """Epoch and number of batches that the next run has to start behind."""
-        loop = self.trainer.fit_loop
-        progress, batches = loop.epoch_progress.current, loop.epoch_loop.batch_progress.current.processed
-        epoch = progress.processed
-        if progress.ready == progress.processed:
-            batches = 0  # between epochs: the batch counter is still the last epoch's
-        elif batches >= self.trainer.num_training_batches:
-            epoch, batches = epoch + 1, 0  # in the validation that closes an epoch
-        return {'epoch': epoch, 'batches': batches, 'batch_size': self.batch_size, 'seed': run_seed()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # this hook is the last one before Lightning starts the workers, which prefetch at once
-        self._resume_at = (state_dict['epoch'], state_dict['batches'])
-        for key, now in (('batch_size', self.batch_size), ('seed', run_seed())):
-            if state_dict.get(key, now) != now:
-                warnings.warn(
-                    f'{key} is {now}, the checkpoint was written with {state_dict[key]}: the run goes on, but the '
-                    'images of this epoch will not be the ones the first run would have seen',
-                    stacklevel=2,
-                )
-
     # used by tasks
 
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Streams override this; samplers get the epoch from Lightning."""
-
-    def report_failures(self, failures: list[tuple[str, str]]) -> None:
-        """Counts unreadable images, which come from any worker; an error in strict mode."""
-        for name, error in failures:
-            if self.strict:
-                raise ZooError(f'unreadable image: {name}\n  {error}\n(strict: true; false skips such files)')
-            self.skipped += 1
-            if self.skipped <= _WARNED_ONE_BY_ONE or self.skipped % 1000 == 0:
-                warnings.warn(
-                    f'skipped unreadable image {name} ({error}); {self.skipped} so far', RuntimeWarning, stacklevel=2
-                )
-
     # loaders
 
     def _sampler(self, split: str, shuffle: bool) -> EpochSampler:
-        trainer = self.trainer
-        rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
+        rank, world = self._ranks()
         return EpochSampler(len(self.splits[split]), run_seed(), shuffle, rank, world, self.augment.repeats)
 
     def _eval_loader(self, split: str) -> DataLoader:

@@ -310,7 +310,7 @@ class TarShards(ImageData):
         return DataLoader(dataset, batch_size=self.batch_size, collate_fn=collate, **loader_options(self.num_workers))
 
     def _dataset(self, split: str, transform: Callable, batches: int | None) -> ShardStream:
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        rank, world = self._ranks()
         return ShardStream(
             self.shards[split],
             transform,

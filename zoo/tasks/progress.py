@@ -62,7 +62,7 @@ class Throughput(Callback):
         if self._since is None:
             self._since = self._last
         else:
-            self._images += len(batch['target']) * trainer.world_size
+            self._images += len(batch['name']) * trainer.world_size
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._images:

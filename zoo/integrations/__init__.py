@@ -1,0 +1,1 @@
+"""Plug-ins for evaluation programs of others. Nothing here is imported by the rest of the package."""
