@@ -424,6 +424,11 @@ class ZooCLI(LightningCLI):
         say(f'{count} images{unreadable}: {folder}/predictions.csv, {folder}/contact_sheet.png')
 
     def _conclude(self, model: LightningModule) -> None:
+        if hasattr(model, 'conclude'):
+            lines = model.conclude()
+            files = f'{CHECKPOINTS}/{LAST}, {CONFIG}, metrics.csv, tensorboard/'
+            say('\n'.join([*lines, f'run:     {self.run_dir}/  ({files})']))
+            return
         folder, line = self.run_dir / CHECKPOINTS, None
         if (self.run_dir / 'metrics.csv').is_file() and self.trainer.is_global_zero:
             (self.run_dir / 'report').mkdir(exist_ok=True)

@@ -8,7 +8,7 @@ DistributedDataParallel see an ordinary loss.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -54,54 +54,50 @@ def head_error(predicted: torch.Tensor, target: torch.Tensor, keep: torch.Tensor
     return error.sum() / (keep.sum().clamp(min=1) * predicted.shape[-1] * predicted.shape[-2])
 
 
-@dataclass
-class HeadTargets:
-    """What the teacher shows to one layer's mixer.
+class HeadsLoss:
+    """scale * mean over layers of each mixer's error on the teacher's inputs (mmMamba, stages 1 and 2).
 
-    Args:
-        inputs: (B, L, hidden), the normed input of the attention.
-        heads: (B, L, H, d), softmax head outputs before the output projection.
-        kwargs: Further arguments of the attention that a mixer may use.
-    """
-
-    inputs: torch.Tensor
-    heads: torch.Tensor
-    kwargs: dict[str, Any] = field(default_factory=dict)
-
-
-def heads_loss(
-    mixers: dict[int, nn.Module],
-    targets: dict[int, HeadTargets],
-    padding_mask: torch.Tensor | None,
-    keep: torch.Tensor | None,
-    scale: float = 1000.0,
-) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-    """scale * mean over layers of the error of each mixer on the teacher's inputs (mmMamba, stages 1 and 2).
+    Called with one layer after the other while the teacher runs (`capture(teacher, callback=...)`); the gradients of a
+    layer are worked out at once, so that one layer's graph is alive at a time.
 
     Args:
         mixers: Mixers by layer; those of their parameters that require gradients get them.
-        targets: Targets by layer. Consumed: an entry is dropped once it has been used.
         padding_mask: (B, L), 0 where there is padding, or None.
         keep: bool (B, L), positions that count, or None for all.
         scale: Factor of the loss.
-
-    Returns:
-        The loss, and the unscaled error of each layer.
+        learn: Whether gradients are wanted.
     """
-    parameters: list[torch.Tensor] = []
-    gradients: list[torch.Tensor] = []
-    errors: dict[int, torch.Tensor] = {}
-    for layer in sorted(mixers):
-        mixer, target = mixers[layer], targets.pop(layer)
-        error = head_error(mixer.heads(target.inputs, padding_mask=padding_mask, **target.kwargs), target.heads, keep)
-        errors[layer] = error.detach()
-        trained = [p for p in mixer.parameters() if p.requires_grad]
-        if trained and torch.is_grad_enabled():
-            found = torch.autograd.grad(error * (scale / len(mixers)), trained, allow_unused=True)
-            parameters += [p for p, g in zip(trained, found) if g is not None]
-            gradients += [g for g in found if g is not None]
-    loss = scale * torch.stack(list(errors.values())).mean()
-    return (deferred(loss, parameters, gradients) if parameters else loss), errors
+
+    def __init__(
+        self,
+        mixers: dict[int, nn.Module],
+        padding_mask: torch.Tensor | None = None,
+        keep: torch.Tensor | None = None,
+        scale: float = 1000.0,
+        learn: bool = True,
+    ) -> None:
+        self.mixers, self.padding_mask, self.keep, self.scale, self.learn = mixers, padding_mask, keep, scale, learn
+        self.errors: dict[int, torch.Tensor] = {}
+        self._parameters: list[torch.Tensor] = []
+        self._gradients: list[torch.Tensor] = []
+
+    def __call__(self, layer: int, inputs: torch.Tensor, heads: torch.Tensor, kwargs: dict[str, Any]) -> None:
+        """Adds a layer: inputs (B, L, hidden), softmax heads (B, L, H, d), further arguments of the attention."""
+        mixer = self.mixers[layer]
+        trained = [p for p in mixer.parameters() if p.requires_grad] if self.learn else []
+        with torch.set_grad_enabled(bool(trained)):
+            error = head_error(mixer.heads(inputs, padding_mask=self.padding_mask, **kwargs), heads, self.keep)
+            if trained:
+                share = self.scale / len(self.mixers)
+                found = torch.autograd.grad(error * share, trained, allow_unused=True)
+                self._parameters += [p for p, g in zip(trained, found) if g is not None]
+                self._gradients += [g for g in found if g is not None]
+        self.errors[layer] = error.detach()
+
+    def total(self) -> torch.Tensor:
+        """The loss over the layers seen."""
+        loss = self.scale * torch.stack(list(self.errors.values())).mean()
+        return deferred(loss, self._parameters, self._gradients) if self._parameters else loss
 
 
 # stage 3

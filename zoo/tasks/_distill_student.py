@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 
-import zoo
 from zoo.errors import ZooError
 from zoo.tasks._distill_stages import Lora, Stage, set_trainable
 
@@ -26,13 +25,13 @@ class Student:
     Args:
         teacher: The frozen teacher.
         mixer: Name of the linear mixer.
-        options: Arguments of the mixer.
+        kwargs: Arguments of the mixer.
         stage: Whose softmax layers and adapters the student has.
         seed: Seed of the mixers' new parameters.
     """
 
-    def __init__(self, teacher: nn.Module, mixer: str, options: dict[str, Any], stage: Stage, seed: int) -> None:
-        from zoo.linearizer import decoder_layers, mixers
+    def __init__(self, teacher: nn.Module, mixer: str, kwargs: dict[str, Any], stage: Stage, seed: int) -> None:
+        from zoo.linearizer import decoder_layers, linearize, mixers
 
         count = len(decoder_layers(teacher))
         if wrong := [i for i in stage.softmax_layers if not 0 <= i < count]:
@@ -40,8 +39,8 @@ class Student:
         layers = [i for i in range(count) if i not in stage.softmax_layers]
         if not layers:
             raise ZooError(f'stage {stage.name!r} keeps softmax in every layer: nothing is left to distil')
-        self.teacher, self.mixer, self.options, self.stage, self.seed = teacher, mixer, options, stage, seed
-        self.model = zoo.linearize(teacher, mixer, layers=layers, share_frozen=True, seed=seed, **options).eval()
+        self.teacher, self.mixer, self.kwargs, self.stage, self.seed = teacher, mixer, kwargs, stage, seed
+        self.model = linearize(teacher, mixer, layers, mixer_kwargs=kwargs, share_frozen=True, seed=seed).eval()
         self.model.requires_grad_(False)
         if stage.lora is not None:
             attach_lora(self.model, stage.lora)
@@ -117,21 +116,19 @@ def merge_lora(model: nn.Module) -> None:
             setattr(model.get_submodule(parent), child, base)
 
 
-def export(student: Student, tensors: dict[str, torch.Tensor], folder: Path, extras: str | os.PathLike | None) -> None:
+def export(model: nn.Module, folder: Path, extras: Path | None) -> None:
     """Writes a finished student as a transformers folder, whole or not at all.
 
     Args:
-        student: The student, or one of the same stage.
-        tensors: Its parameters by name.
+        model: The student.
         folder: Target; replaced if it is there.
         extras: The teacher's folder, whose tokenizer and processor files come along.
     """
-    model = rebuild(student, tensors)
     staged = folder.with_name(f'.{folder.name}.tmp-{os.getpid()}')
     shutil.rmtree(staged, ignore_errors=True)
     try:
         model.save_pretrained(staged)
-        for file in sorted(Path(extras).iterdir()) if extras and Path(extras).is_dir() else []:
+        for file in sorted(extras.iterdir()) if extras else []:
             if file.is_file() and not (staged / file.name).exists() and not _is_weights(file):
                 shutil.copyfile(file, staged / file.name)
         shutil.rmtree(folder, ignore_errors=True)
@@ -148,7 +145,7 @@ def _is_weights(file: Path) -> bool:
 
 def rebuild(student: Student, tensors: dict[str, torch.Tensor]) -> nn.Module:
     """A model of its own with the given parameters, adapters merged: what is evaluated and saved in the end."""
-    fresh = Student(student.teacher, student.mixer, student.options, student.stage, student.seed)
+    fresh = Student(student.teacher, student.mixer, student.kwargs, student.stage, student.seed)
     with torch.no_grad():
         for name, parameter in fresh.named_parameters().items():
             parameter.copy_(tensors[name])
@@ -222,7 +219,7 @@ def about(student: Student) -> dict[str, Any]:
     return {
         'stage': student.stage.name,
         'mixer': student.mixer,
-        'options': student.options,
+        'mixer_kwargs': student.kwargs,
         'teacher': ' x '.join([student.teacher.config.model_type, *map(str, sizes)]),
         'softmax_layers': student.stage.softmax_layers,
         'lora': asdict(student.stage.lora) if student.stage.lora else None,

@@ -6,6 +6,7 @@ the mixers' new parameters alone, then with q, k and v; the last stage matches l
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,21 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import nn
 
+from zoo.data.chat import model_inputs
 from zoo.data.seeding import derive_seed, run_seed, seed_all
 from zoo.errors import RunError, ZooError
-from zoo.tasks._distill_losses import HeadTargets, LogitsLoss, heads_loss, logits_loss, positions
-from zoo.tasks._distill_report import say_stage
+from zoo.linearizer import capture, decoder_layers
+from zoo.tasks._distill_evaluate import Report, measure, sweep
+from zoo.tasks._distill_losses import HeadsLoss, LogitsLoss, logits_loss, positions
+from zoo.tasks._distill_report import (
+    as_json,
+    plot_kl,
+    plot_layers,
+    plot_softmax_layers,
+    say_stage,
+    say_table,
+    write_json,
+)
 from zoo.tasks._distill_stages import (
     STAGES,
     Plan,
@@ -27,10 +39,9 @@ from zoo.tasks._distill_stages import (
     save_stage,
     stage_optimizer,
 )
-from zoo.tasks._distill_student import Student, about, hidden_states, output_head
+from zoo.tasks._distill_student import Student, about, export, hidden_states, output_head, rebuild
 from zoo.tasks._distill_teacher import check_data, load_teacher, prepare_teacher
 from zoo.tasks.optim import as_dataclass, as_plain
-
 
 # of the frozen tensors; in 16-mixed they stay in fp32, as many teachers overflow in fp16
 _DTYPES = {'bf16-mixed': torch.bfloat16, 'bf16-true': torch.bfloat16, '16-true': torch.float16}
@@ -44,13 +55,14 @@ class DistillVLM(LightningModule):
         stages: The stages in order.
         teacher_arguments: Command line of the run that trains the teacher, behind its config.
         mixer: Linear mixer of the student, see zoo.linearize.
-        mixer_options: Its arguments.
+        mixer_kwargs: Its arguments.
         stage: Run this stage alone.
         start_from: Weights of the stage before the first one that is run: RUN/stages/NAME.safetensors or a checkpoint.
         from_scratch: Let a stage start without its predecessor's weights, or from those of another stage.
         chunk: Positions whose logits are in memory at one time.
         gradient_checkpointing: Recompute the student's decoder layers in the backward pass of logits stages.
         check_finite: Whether to stop at a loss that is not finite.
+        report: What is measured when all stages are done.
     """
 
     def __init__(
@@ -59,21 +71,23 @@ class DistillVLM(LightningModule):
         stages: list[Stage],
         teacher_arguments: list[str] | None = None,
         mixer: str = 'mamba2',
-        mixer_options: dict[str, Any] | None = None,
+        mixer_kwargs: dict[str, Any] | None = None,
         stage: str | None = None,
         start_from: str | None = None,
         from_scratch: bool = False,
         chunk: int = 1024,
         gradient_checkpointing: bool = False,
         check_finite: bool = True,
+        report: Report = Report(),  # noqa: B008  jsonargparse takes the defaults of the fields from here
     ) -> None:
         super().__init__()
         stages = [as_dataclass(Stage, s) for s in stages]
         settings = {k: v for k, v in locals().items() if k not in ('self', '__class__')}
-        self.save_hyperparameters({**settings, 'stages': [as_plain(s) for s in stages]})
+        self.report = as_dataclass(Report, report)
+        self.save_hyperparameters({**settings, 'report': as_plain(report), 'stages': [as_plain(s) for s in stages]})
         self.plan = Plan(stages, stage, start_from, from_scratch)
         self.teacher_name, self.teacher_arguments = teacher, teacher_arguments or []
-        self.mixer, self.mixer_options = mixer, mixer_options or {}
+        self.mixer, self.mixer_kwargs = mixer, mixer_kwargs or {}
         self.chunk, self.gradient_checkpointing, self.check_finite = chunk, gradient_checkpointing, check_finite
         self.index = 0
         self.mixers, self.adapters = nn.ModuleDict(), nn.ParameterDict()
@@ -102,7 +116,7 @@ class DistillVLM(LightningModule):
         seed = derive_seed(run_seed(), 1 + index) % 2**31
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # adapters; mixers have a generator of their own
-            student = Student(self._teacher, self.mixer, self.mixer_options, self.now, seed)
+            student = Student(self._teacher, self.mixer, self.mixer_kwargs, self.now, seed)
         self.__dict__['_student'] = student
         self.mixers = nn.ModuleDict({str(i): m for i, m in student.mixers.items()})
         self.adapters = nn.ParameterDict({name.replace('.', '/'): p for name, p in student.adapters.items()})
@@ -113,7 +127,6 @@ class DistillVLM(LightningModule):
             self.trainer.strategy.precision_plugin.convert_module(self)
         if self.gradient_checkpointing and self.now.loss == 'logits':
             student.checkpoint_layers()
-        student.model.to(self.device)
 
     def _hand_over(self) -> None:
         """Loads the weights that the current stage goes on from."""
@@ -163,6 +176,7 @@ class DistillVLM(LightningModule):
             )
         folder = prepare_teacher(self.teacher_name, self.run_dir.parent, trainer, self.teacher_arguments)
         teacher = load_teacher(folder, _DTYPES.get(trainer.precision, torch.float32))
+        teacher.to(trainer.strategy.root_device)  # before students are made, which share its memory
         self.__dict__.update(_teacher=teacher, _teacher_folder=folder)
         check_data(teacher, folder, trainer.datamodule)
         self.__dict__['_accumulate'] = trainer.accumulate_grad_batches
@@ -170,10 +184,6 @@ class DistillVLM(LightningModule):
             trainer.fit_loop.epoch_loop.max_steps = self.plan.total_steps
         self._build(0)
         self._hand_over()
-
-    def on_fit_start(self) -> None:
-        self._teacher.to(self.device)
-        self._student.model.to(self.device)
 
     def configure_optimizers(self) -> dict[str, Any]:
         accumulate = self.now.accumulate or self._accumulate
@@ -230,7 +240,7 @@ class DistillVLM(LightningModule):
             raise ZooError(f'the checkpoint is inside stage {told["stage"]!r}, the run has {", ".join(names)}')
         self._build(names.index(told['stage']))
         mine = about(self._student)
-        for key in ('mixer', 'options', 'teacher', 'softmax_layers', 'lora'):
+        for key in ('mixer', 'mixer_kwargs', 'teacher', 'softmax_layers', 'lora'):
             if told[key] != mine[key]:
                 raise ZooError(f'the checkpoint has {key} {told[key]!r}, the config asks for {mine[key]!r}')
         self.__dict__['_announced'] = told['announced']
@@ -267,13 +277,11 @@ class DistillVLM(LightningModule):
         self.log_dict({'val/kl': found.kl, 'val/agreement': found.agreement}, batch_size=size, sync_dist=True)
 
     def _heads(self, inputs: dict[str, Any], mask: torch.Tensor | None) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-        from zoo.linearizer import capture
-
-        with torch.no_grad(), capture(self._teacher) as seen:
+        mixers, keep = self._student.mixers, positions(self.now.positions, mask, None)
+        loss = HeadsLoss(mixers, mask, keep, self.now.scale, learn=torch.is_grad_enabled())
+        with torch.no_grad(), capture(self._teacher, mixers, loss):
             hidden_states(self._teacher, inputs)
-        keep = positions(self.now.positions, mask, None)
-        targets = {i: HeadTargets(*seen[i]) for i in self._student.mixers}
-        return heads_loss(self._student.mixers, targets, mask, keep, self.now.scale)
+        return loss.total(), loss.errors
 
     def _logits(self, inputs: dict[str, Any], mask: torch.Tensor | None, labels: torch.Tensor | None) -> LogitsLoss:
         stage = self.now
@@ -306,8 +314,70 @@ class DistillVLM(LightningModule):
         self.__dict__['_announced'] = True
 
     def _unpack(self, batch: dict[str, Any]) -> tuple[dict[str, Any], torch.Tensor | None, torch.Tensor | None]:
-        inputs = batch['inputs']
+        data = self.trainer.datamodule
+        if batch['failures']:
+            data.report_failures(batch['failures'])
+        if batch['dropped']:
+            data.report_dropped(batch['dropped'])
+        inputs = model_inputs(batch)
         return inputs, inputs.get('attention_mask'), batch.get('labels')
+
+    # the end
+
+    def conclude(self) -> list[str]:
+        """Writes figures, and when all stages are done the students and the final table.
+
+        Returns:
+            Lines for the user.
+        """
+        if not self.trainer.is_global_zero:
+            return []
+        report, metrics = self.run_dir / 'report', self.run_dir / 'metrics.csv'
+        report.mkdir(parents=True, exist_ok=True)
+        if metrics.is_file():
+            plot_layers(metrics, self.plan, report / 'layers.png')
+            plot_kl(metrics, self.plan, report / 'kl.png')
+        if self.global_step < self.plan.total_steps:
+            return [f'stopped in stage {self.now.name!r} at step {self.global_step} of {self.plan.total_steps}']
+        if not self.stage_file(self.now.name).is_file():  # killed between the last checkpoint and the end
+            save_stage(self.stage_file(self.now.name), self._student.named_parameters(), about(self._student))
+        students = [stage for stage in self.plan.stages if stage.loss == 'logits']
+        folders = [self.run_dir / stage.name for stage in students]
+        self._evaluate(students, report)
+        shown = [f'student: {folder}/  (transformers folder; import zoo.vlm first)' for folder in folders]
+        return [*shown, f'report:  {report}/']
+
+    def _evaluate(self, students: list[Stage], report: Path) -> None:
+        data, settings = self.trainer.datamodule, self.report
+        loader, tokenizer, chance = data.test_dataloader(), data.processor.tokenizer, data.chance()
+        teacher, swept = self._teacher, []
+        rows = [measure('teacher', teacher, len(decoder_layers(teacher)), loader, tokenizer, settings)]
+        for stage in students:
+            path = self.stage_file(stage.name)
+            self.index = self.plan.stages.index(stage)
+            model = rebuild(Student(teacher, self.mixer, self.mixer_kwargs, stage, 0), load_stage(path)[0])
+            export(model, self.run_dir / stage.name, self._teacher_folder)
+            rows.append(measure(stage.name, model, len(stage.softmax_layers), loader, tokenizer, settings))
+            if settings.sweep and not stage.softmax_layers and not swept:
+                swept = sweep(stage.name, model, teacher, loader, tokenizer, settings)
+        say_table(rows, chance)
+        more = {'sweep': [asdict(row) | {'exact_match': row.accuracy('all')} for row in swept], **self._conditions()}
+        write_json(report / 'table.json', as_json(rows, chance, more))
+        plot_softmax_layers(rows, swept, report / 'softmax_layers.png')
+
+    def _conditions(self) -> dict[str, Any]:
+        import transformers
+
+        device = self.trainer.strategy.root_device
+        name = torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type
+        return {
+            'teacher_folder': str(self._teacher_folder),
+            'device': name,
+            'threads': torch.get_num_threads(),
+            'torch': torch.__version__,
+            'transformers': transformers.__version__,
+            'steps': {stage.name: stage.max_steps for stage in self.plan.stages},
+        }
 
     def _diverged(self, batch_idx: int) -> RunError:
         return RunError(
