@@ -12,6 +12,48 @@ from zoo.data.base import ImageData, Subset, hold_out
 from zoo.errors import ZooError
 
 
+def open_cell(value: dict[str, Any]) -> Image.Image:
+    """Decodes what an image column holds."""
+    image = Image.open(io.BytesIO(value['bytes']) if value.get('bytes') else value['path'])
+    image.load()
+    return image
+
+
+def load_tables(path: str, name: str | None, splits: list[str], cache_dir: str | None = None) -> Any:
+    """The splits of a data set in the Hugging Face format. Code from the hub is never run.
+
+    Args:
+        path: Hub name, or a folder or file of parquet.
+        name: Configuration of the hub data set.
+        splits: Names of the splits; parquet files belong to the split that their names begin with, a file alone to the
+            first.
+        cache_dir: Where downloads are kept.
+
+    Raises:
+        ZooError: Nothing there, or it cannot be loaded.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise ZooError('this data set needs the extra "data": pip install "linear-zoo[data]"') from error
+    local = Path(path).expanduser()
+    if not local.exists():
+        if path.startswith(('.', '/', '~')) or path.count('/') > 1:
+            raise ZooError(f'no such file or folder: {path}')
+        try:
+            return datasets.load_dataset(path, name, cache_dir=cache_dir)
+        except Exception as error:  # the hub client raises a dozen types; the user needs the name and the cause
+            raise ZooError(f'cannot load the data set {path}: {type(error).__name__}: {error}') from error
+    files = [local] if local.is_file() else sorted(local.rglob('*.parquet'))
+    by_split = {split: [str(f) for f in files if f.name.startswith(split)] for split in splits}
+    by_split = {split: found for split, found in by_split.items() if found}
+    if local.is_file() and not by_split:
+        by_split = {splits[0]: [str(local)]}
+    if not by_split:
+        raise ZooError(f'{local} holds none of {", ".join(f"{split}*.parquet" for split in splits)}')
+    return datasets.load_dataset('parquet', data_files=by_split, cache_dir=cache_dir)
+
+
 class _Rows:
     """A split of a data set, images decoded one by one so that a bad one can be named.
 
@@ -34,10 +76,8 @@ class _Rows:
 
     def load(self, index: int) -> tuple[Image.Image, int]:
         row = self.rows[index]
-        value, label = row[self.image], row[self.label]
-        image = Image.open(io.BytesIO(value['bytes']) if value.get('bytes') else value['path'])
-        image.load()
-        return image, self.to_label[label] if self.to_label else int(label)
+        label = row[self.label]
+        return open_cell(row[self.image]), self.to_label[label] if self.to_label else int(label)
 
 
 class HubImages(ImageData):
@@ -75,7 +115,7 @@ class HubImages(ImageData):
         self.image_column, self.label_column = image_column, label_column
 
     def open_splits(self) -> None:
-        tables = self._load()
+        tables = load_tables(self.path, self.name, list(self.split_names.values()), self.cache_dir)
         found = {split: tables[name] for split, name in self.split_names.items() if name in tables}
         if 'train' not in found and 'val' not in found and 'test' not in found:
             raise ZooError(f'{self.path} has the splits {", ".join(tables)}; name yours with --data.train and so on')
@@ -83,38 +123,12 @@ class HubImages(ImageData):
         image, label = self._columns(features)
         to_label = self._read_classes(found, label)
         for split, rows in found.items():
-            rows = rows.cast_column(image, _undecoded())
+            rows = rows.cast_column(image, undecoded())
             self.splits[split] = _Rows(rows, image, label, to_label, f'{self.path} {self.split_names[split]}')
         if 'val' not in self.splits and 'train' in self.splits:
             whole = self.splits['train']
             kept, held = hold_out(len(whole), self.val_fraction)
             self.splits['train'], self.splits['val'] = Subset(whole, kept), Subset(whole, held)
-
-    def _load(self) -> Any:
-        try:
-            import datasets
-        except ImportError as error:
-            raise ZooError('this data set needs the extra "data": pip install "linear-zoo[data]"') from error
-        local = Path(self.path).expanduser()
-        if not local.exists():
-            if self.path.startswith(('.', '/', '~')) or self.path.count('/') > 1:
-                raise ZooError(f'no such file or folder: {self.path}')
-            try:
-                return datasets.load_dataset(self.path, self.name, cache_dir=self.cache_dir)
-            except Exception as error:  # the hub client raises a dozen types; the user needs the name and the cause
-                raise ZooError(f'cannot load the data set {self.path}: {type(error).__name__}: {error}') from error
-        files = [local] if local.is_file() else sorted(local.rglob('*.parquet'))
-        by_split: dict[str, list[str]] = {}
-        for name in self.split_names.values():
-            matching = [str(f) for f in files if f.name.startswith(name)]
-            if matching:
-                by_split[name] = matching
-        if local.is_file() and not by_split:
-            by_split = {self.split_names['train']: [str(local)]}
-        if not by_split:
-            wanted = ', '.join(f'{n}*.parquet' for n in self.split_names.values())
-            raise ZooError(f'{local} holds none of {wanted}')
-        return datasets.load_dataset('parquet', data_files=by_split, cache_dir=self.cache_dir)
 
     def _columns(self, features: Any) -> tuple[str, str]:
         import datasets
@@ -147,7 +161,8 @@ class HubImages(ImageData):
         return {value: number for number, value in enumerate(values)}
 
 
-def _undecoded() -> Any:
+def undecoded() -> Any:
+    """An image feature that keeps the encoded bytes, so that a bad image is one bad row."""
     import datasets
 
     return datasets.Image(decode=False)

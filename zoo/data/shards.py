@@ -109,16 +109,16 @@ class ShardStream(IterableDataset):
     Args:
         shards: Files or addresses.
         transform: Image to tensor.
-        options: seed, mode, label_key, num_classes, shuffle_buffer, batch_size, rank, world_size, batches (per
-            epoch and rank, None for one pass in order).
+        options: seed, mode, shuffle_buffer, batch_size, rank, world_size, batches (per epoch and rank, None for one
+            pass in order); for classes label_key and num_classes.
     """
 
-    def __init__(self, shards: list[str], transform: Callable, **options: Any) -> None:
+    def __init__(self, shards: list[str], transform: Callable | None, **options: Any) -> None:
         self.shards, self.transform = shards, transform
         self.seed: int = options['seed']
         self.mode: str = options['mode']
-        self.label_key: str | None = options['label_key']
-        self.num_classes: int = options['num_classes']
+        self.label_key: str | None = options.get('label_key')
+        self.num_classes: int = options.get('num_classes', 0)
         self.shuffle_buffer: int = options['shuffle_buffer']
         self.batch_size: int = options['batch_size']
         self.rank: int = options['rank']
@@ -193,10 +193,13 @@ class ShardStream(IterableDataset):
         decoded = self._decode(sample, position, part)
         failures = decoded['failures']
         for other in spare[:_SPARES]:
-            if decoded['image'] is not None:
+            if self._usable(decoded):
                 break
             decoded = self._decode(other, position, part)
         return {**decoded, 'failures': failures}
+
+    def _usable(self, decoded: dict[str, Any]) -> bool:
+        return decoded['image'] is not None
 
     def _label(self, sample: dict[str, Any]) -> int:
         if self.label_key:
@@ -287,7 +290,7 @@ class TarShards(ImageData):
         self._stream = self._dataset('train', train_transform(self.view, self.augment), batches)
         if self._resume_at:
             self._stream.start_at(*self._resume_at)
-        return _SizedLoader(
+        return SizedLoader(
             batches,
             self._stream,
             batch_size=self.batch_size,
@@ -326,7 +329,7 @@ class TarShards(ImageData):
         )
 
 
-class _SizedLoader(DataLoader):
+class SizedLoader(DataLoader):
     """A loader over a stream that knows how many batches an epoch has.
 
     Args:
