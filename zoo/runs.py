@@ -425,7 +425,7 @@ class ZooCLI(LightningCLI):
 
     def _conclude(self, model: LightningModule) -> None:
         if hasattr(model, 'conclude'):
-            lines = model.conclude()
+            lines = model.conclude(self._get(self.config_init, 'run').test_after_fit)
             files = f'{CHECKPOINTS}/{LAST}, {CONFIG}, metrics.csv, tensorboard/'
             say('\n'.join([*lines, f'run:     {self.run_dir}/  ({files})']))
             return

@@ -2,6 +2,7 @@
 
 from zoo.tasks.classify import Classify
 from zoo.tasks.distill import Distill
+from zoo.tasks.distill_vlm import DistillVLM
 from zoo.tasks.optim import Optim, Schedule
 
-__all__ = ['Classify', 'Distill', 'Optim', 'Schedule']
+__all__ = ['Classify', 'Distill', 'DistillVLM', 'Optim', 'Schedule']

@@ -24,7 +24,7 @@ class Report:
         new_tokens: Most tokens of an answer.
         sweep: Whether to put softmax layers back into the linear student one by one, for the plot.
         sweep_questions: Test questions for each point of it.
-        speed_tokens: Tokens generated for each row of the first test batch to measure tokens/s and state; 0 for neither.
+        speed_tokens: Tokens generated per row of the first test batch to measure tokens/s and state; 0 for neither.
     """
 
     questions: int | None = None

@@ -20,6 +20,7 @@ from zoo.errors import ZooError
 from zoo.tasks.optim import Optim, as_dataclass
 
 STAGES = 'stages'  # folder of hand-over files in a run folder
+_FOLDERS = (STAGES, 'checkpoints', 'report', 'tensorboard')
 ROLES = ('new', 'qkv', 'output', 'lora')
 
 
@@ -126,8 +127,8 @@ class Stage:
     def check(self) -> None:
         """Raises ZooError for settings that contradict each other."""
         where = f'stage {self.name!r}'
-        if not self.name or set(self.name) & set('/\\'):
-            raise ZooError(f'{where}: a name is the name of a folder')
+        if not self.name or set(self.name) & set('/\\') or self.name in _FOLDERS:
+            raise ZooError(f'{where}: the name becomes a folder of the run; taken: {", ".join(_FOLDERS)}')
         if unknown := set(self.train) - set(ROLES):
             raise ZooError(f'{where} trains {sorted(unknown)}; roles are {", ".join(ROLES)}')
         if self.max_steps < 1 or min(self.wsd.warmup, self.wsd.decay, self.wsd.stable or 0) < 0:

@@ -14,6 +14,7 @@ from lightning.pytorch import Trainer
 from torch import nn
 
 import zoo
+from zoo.data.chat import check_tokens
 from zoo.errors import RunError, ZooError
 
 MODEL = 'model'  # the transformers folder that a run of zoo.tasks.FinetuneVLM leaves
@@ -125,19 +126,10 @@ def check_data(teacher: nn.Module, folder: Path, data: Any) -> None:
     Args:
         teacher: The teacher.
         folder: Its transformers folder.
-        data: The data module; its tokenizer is compared with the one in the folder.
+        data: The data module; its processor is compared with the one in the folder.
     """
-    tokenizer = getattr(data, 'tokenizer', None)
-    if tokenizer is None:
-        return
-    rows = teacher.get_input_embeddings().weight.shape[0]
-    vocabulary = tokenizer.get_vocab()
-    highest = max(vocabulary.values())
-    if highest >= rows:
-        raise ZooError(
-            f"the data's tokenizer has token ids up to {highest}, the teacher {rows} embeddings: "
-            f"use the teacher's tokenizer, in {folder}"
-        )
+    check_tokens(data.processor, teacher.config)
+    vocabulary = data.processor.tokenizer.get_vocab()
     theirs = teachers_vocabulary(folder)
     if theirs is None or theirs == vocabulary:
         return

@@ -324,8 +324,11 @@ class DistillVLM(LightningModule):
 
     # the end
 
-    def conclude(self) -> list[str]:
-        """Writes figures, and when all stages are done the students and the final table.
+    def conclude(self, test: bool) -> list[str]:
+        """Writes figures and, when all stages are done, the students and the final table.
+
+        Args:
+            test: Whether to evaluate.
 
         Returns:
             Lines for the user.
@@ -342,24 +345,28 @@ class DistillVLM(LightningModule):
         if not self.stage_file(self.now.name).is_file():  # killed between the last checkpoint and the end
             save_stage(self.stage_file(self.now.name), self._student.named_parameters(), about(self._student))
         students = [stage for stage in self.plan.stages if stage.loss == 'logits']
-        folders = [self.run_dir / stage.name for stage in students]
-        self._evaluate(students, report)
-        shown = [f'student: {folder}/  (transformers folder; import zoo.vlm first)' for folder in folders]
+        models = {stage.name: self._finished(stage) for stage in students}
+        for name, model in models.items():
+            export(model, self.run_dir / name, self._teacher_folder)
+        if test:
+            self._evaluate(students, models, report)
+        shown = [f'student: {self.run_dir / name}/  (transformers folder; import zoo.vlm first)' for name in models]
         return [*shown, f'report:  {report}/']
 
-    def _evaluate(self, students: list[Stage], report: Path) -> None:
-        data, settings = self.trainer.datamodule, self.report
+    def _finished(self, stage: Stage) -> nn.Module:
+        path = self.stage_file(stage.name)
+        return rebuild(Student(self._teacher, self.mixer, self.mixer_kwargs, stage, 0), load_stage(path)[0])
+
+    def _evaluate(self, students: list[Stage], models: dict[str, nn.Module], report: Path) -> None:
+        data, settings, teacher = self.trainer.datamodule, self.report, self._teacher
         loader, tokenizer, chance = data.test_dataloader(), data.processor.tokenizer, data.chance()
-        teacher, swept = self._teacher, []
         rows = [measure('teacher', teacher, len(decoder_layers(teacher)), loader, tokenizer, settings)]
         for stage in students:
-            path = self.stage_file(stage.name)
-            self.index = self.plan.stages.index(stage)
-            model = rebuild(Student(teacher, self.mixer, self.mixer_kwargs, stage, 0), load_stage(path)[0])
-            export(model, self.run_dir / stage.name, self._teacher_folder)
-            rows.append(measure(stage.name, model, len(stage.softmax_layers), loader, tokenizer, settings))
-            if settings.sweep and not stage.softmax_layers and not swept:
-                swept = sweep(stage.name, model, teacher, loader, tokenizer, settings)
+            rows.append(measure(stage.name, models[stage.name], len(stage.softmax_layers), loader, tokenizer, settings))
+        linear = next((stage.name for stage in students if not stage.softmax_layers), None)
+        swept = []
+        if settings.sweep and linear:
+            swept = sweep(linear, models[linear], teacher, loader, tokenizer, settings)
         say_table(rows, chance)
         more = {'sweep': [asdict(row) | {'exact_match': row.accuracy('all')} for row in swept], **self._conditions()}
         write_json(report / 'table.json', as_json(rows, chance, more))
