@@ -16,6 +16,7 @@ from zoo.errors import ZooError
 from zoo.linearizer import capture, decoder_layers, linear_layers, mixers, restore_attention, sensitivity, trainable
 
 FAMILIES = [*VLMS, *TEXTS]
+SLOW = pytest.mark.slow
 
 
 def perturbed(student, scale=0.05):
@@ -28,13 +29,21 @@ def perturbed(student, scale=0.05):
     return student
 
 
-def greedy(model, batch, tokens=6, **kwargs):
+def greedy(model, batch, tokens=4, **kwargs):
     out = model.generate(**batch, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, **kwargs)
     return out[:, -tokens:]
 
 
-@pytest.mark.parametrize('family', FAMILIES)
-@pytest.mark.parametrize('layers', ['all', [1, 2]], ids=['linear', 'hybrid'])
+ALSO_LINEAR = ('gemma3', 'llama', 'llava', 'qwen2_5_vl')  # the others in the slow tests
+
+
+@pytest.mark.parametrize(
+    'family, layers',
+    [
+        *(pytest.param(f, [1, 2], id=f'{f}-hybrid') for f in FAMILIES),
+        *(pytest.param(f, 'all', id=f'{f}-linear', marks=() if f in ALSO_LINEAR else SLOW) for f in FAMILIES),
+    ],
+)
 def test_family(family, layers, tmp_path):
     teacher, batch = build(family), inputs(family)
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
@@ -318,3 +327,56 @@ def test_half_precision():
         assert student(**batch, past_key_values=cache).logits.isfinite().all()
     assert cache.layers[1].recurrent_states[0].dtype == torch.float32
     assert cache.layers[1].conv_states[0].dtype == torch.bfloat16
+
+
+def tiny_hovle():
+    from zoo.vlm import HoVLEConfig, HoVLEForConditionalGeneration
+
+    sizes = {k: TEXT[k] for k in ('hidden_size', 'intermediate_size', 'num_attention_heads', 'num_key_value_heads')}
+    first = dict(sizes, num_hidden_layers=2, llm_vocab_size=256, llm_hidden_size=64, image_size=28, patch_size=7)
+    first |= dict(img_context_token_id=250, max_position_embeddings=512)
+    second = dict(sizes, num_hidden_layers=4, vocab_size=256, max_position_embeddings=512, eos_token_id=2)
+    torch.manual_seed(0)
+    model = HoVLEForConditionalGeneration(HoVLEConfig(embedding_config=first, llm_config=second)).eval()
+    ids = inputs('llava', batch=2)['input_ids']
+    keep = torch.cat((ids[:, :6], ids[:, 18:]), 1)  # 16 patches of 7 pixels make 4 tokens
+    return model, dict(input_ids=keep, attention_mask=torch.ones_like(keep), pixel_values=torch.randn(2, 3, 28, 28))
+
+
+def test_native_teacher(tmp_path):
+    teacher, batch = tiny_hovle()
+    batch = left_padded(batch, 3)
+    assert len(decoder_layers(teacher)) == 6 and mixers(teacher) == {}
+    student = zoo.linearize(teacher, layers='2:1', share_frozen=True)
+    assert list(mixers(student)) == [1, 2, 4, 5]
+    with torch.no_grad(), capture(teacher) as seen:
+        teacher(**batch)
+    for i, mixer in mixers(student).items():
+        u, heads, kwargs = seen[i]
+        assert mixer.heads(u, **kwargs).shape == heads.shape == (*batch['input_ids'].shape, 4, 16)
+        out = decoder_layers(teacher)[i].attention.wo(heads.flatten(2))
+        assert out.shape == u.shape
+    assert len(trainable(student, ['new'])) == 4 * 7
+    with pytest.raises(ZooError, match='would train both'):
+        trainable(student, ['rest'])
+    with pytest.raises(ZooError, match='only choice'):
+        zoo.linearize(teacher, 'gla')
+    # One layer at a time, softmax layers with the padding mask that they need, and the student as it was.
+    with torch.no_grad():
+        report = sensitivity(teacher, [batch], seed=3)
+        alone = zoo.linearize(teacher, layers=[4], seed=3)
+        p, q = (m(**batch).logits.log_softmax(-1) for m in (teacher, alone))
+        expected = ((p.exp() * (p - q)).sum(-1) * batch['attention_mask']).sum() / batch['attention_mask'].sum()
+        assert abs(report.kl[4] - expected) < 1e-3 * expected
+    student = perturbed(zoo.linearize(teacher, layers=2, calibration=[batch], report=tmp_path / 'report'))
+    assert len(mixers(student)) == 4 and student.config.block_types.count('mha') == 2
+    chosen = list(mixers(student))
+    restore_attention(student, teacher, chosen[1:])
+    assert [i for i, kind in enumerate(student.config.block_types) if kind == 'mamba2'] == chosen[:1]
+    student.save_pretrained(tmp_path / 'student')
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / 'student')
+    with torch.no_grad():
+        logits = student(**batch).logits
+        assert (again(**batch).logits - logits).abs().max() < 1e-5
+        restore_attention(student, teacher, chosen[:1])
+        assert torch.equal(student(**batch).logits, teacher(**batch).logits)

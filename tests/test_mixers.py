@@ -220,7 +220,7 @@ def test_seeds():
         hedgehog(u)
 
 
-@pytest.mark.parametrize('family', ['llama', 'qwen3', 'qwen2_vl', 'gemma3'])
+@pytest.mark.parametrize('family', ['llama', 'qwen2_vl', 'gemma3'])
 @pytest.mark.parametrize('name', [n for n in MIXERS if n != 'mamba2'])
 def test_in_a_model(name, family, tmp_path):
     options = {'gated_deltanet': dict(conv_width=2)}.get(name, dict(window=5))

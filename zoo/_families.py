@@ -141,6 +141,17 @@ def attention_shape(attention: nn.Module, layer_idx: int) -> AttentionShape:
     )
 
 
+def mark_linear(model: nn.Module, linear: list[int]) -> None:
+    """Write into a student's config which of its layers are linear; a native mmMamba reads that in every pass."""
+    config = unwrapped(model).config
+    if getattr(config, 'linearizer', None):
+        config.linearizer = config.linearizer | {'layers': sorted(linear)}
+    elif hasattr(config, 'num_embedding_layers'):
+        kinds = ['mamba2' if i in linear else 'mha' for i in range(config.num_hidden_layers)]
+        config.embedding_config.layers_block_type = kinds[: config.num_embedding_layers]
+        config.llm_config.layers_block_type = kinds[config.num_embedding_layers :]
+
+
 def check_teacher(model: Any) -> type[PreTrainedModel]:
     """The class of the model's student.
 

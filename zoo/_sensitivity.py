@@ -96,7 +96,7 @@ def sensitivity(
     """
     from tqdm import tqdm
 
-    from zoo._families import attention_name
+    from zoo._families import attention_name, mark_linear
     from zoo.linearizer import decoder_layers, linearize, mixers
 
     batches = list(calibration)
@@ -123,11 +123,13 @@ def sensitivity(
             tokens += int(weight.sum()) if weight is not None else expected.shape[0] * expected.shape[1]
             for i, (layer, slot, name) in enumerate(zip(layers, slots, names)):
                 setattr(slot, name, own[i])
+                mark_linear(probe, [i])
                 totals[i] += _kl(expected, probe(**batch, use_cache=False).logits, weight)
                 setattr(slot, name, getattr(layer, name))
     finally:
         for i, (slot, name) in enumerate(zip(slots, names)):
             setattr(slot, name, own[i])
+        mark_linear(probe, list(own))
         for model, mode in modes.items():
             model.train(mode)
     return Sensitivity(tuple(t / max(tokens, 1) for t in totals), tokens, mixer, trained)

@@ -27,6 +27,8 @@ from zoo.errors import ZooError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from zoo._sensitivity import Sensitivity
+
 __all__ = ['Captured', 'capture', 'decoder_layers', 'linearize', 'mixers', 'restore_attention', 'trainable']
 
 ROLES = ('new', 'qkv', 'output', 'rest')
@@ -70,34 +72,42 @@ def linearize(
 
     if mixer not in MIXERS:
         raise ZooError(f'unknown mixer {mixer!r}: choose one of {", ".join(MIXERS)}')
-    if hasattr(teacher, 'embedding_model') and teacher.config.model_type == 'internvl_chat':
-        return _native_student(teacher, mixer, layers, mixer_kwargs, share_frozen, seed)
+    native = _is_hovle(teacher)
+    if native and mixer != 'mamba2':
+        raise ZooError("a native HoVLE becomes a native mmMamba: mixer='mamba2' is the only choice")
     from zoo._families import VERSION, check_teacher
 
-    kind = check_teacher(teacher)
-    count = len(decoder_layers(teacher))
-    sensitivities = None
-    if isinstance(layers, int) and not isinstance(layers, bool):
-        from zoo._sensitivity import sensitivity
-
-        if not 0 <= layers <= count:
-            raise ZooError(f'layers={layers}: the teacher has {count} layers that could stay softmax')
-        if calibration is None:
-            raise ZooError(
-                f'layers={layers} keeps the {layers} softmax layers that matter most: pass calibration=[batch, ...], '
-                "or choose without data, e.g. layers='3:1'"
-            )
-        sensitivities = sensitivity(teacher, calibration, mixer, mixer_kwargs=mixer_kwargs, seed=seed)
-        chosen = sensitivities.linear_layers(layers)
+    kind = None if native else check_teacher(teacher)
+    count, found = len(decoder_layers(teacher)), None
+    if isinstance(layers, int):
+        found = _budget(teacher, layers, count, calibration, mixer, mixer_kwargs, seed)
+        chosen = found.linear_layers(layers)
     else:
         chosen = linear_layers(layers, count)
     recipe = {'layers': chosen, 'mixer': mixer, 'mixer_kwargs': dict(mixer_kwargs or {}), 'version': VERSION}
-    student = _copy_with_mixers(teacher, kind, recipe, share_frozen, seed)
-    if sensitivities is not None:
-        student.linearizer_report = sensitivities
+    if native:
+        student = _native_student(teacher, recipe, share_frozen, seed)
+    else:
+        student = _copy_with_mixers(teacher, kind, recipe, share_frozen, seed)
+    student._shares_frozen = share_frozen
+    if found is not None:
+        student.linearizer_report = found
         if report is not None:
-            sensitivities.save(report)
+            found.save(report, softmax=count - len(chosen))
     return student
+
+
+def _budget(teacher, layers: int, count: int, calibration, mixer: str, mixer_kwargs, seed: int) -> Sensitivity:
+    from zoo._sensitivity import sensitivity
+
+    if isinstance(layers, bool) or not 0 <= layers <= count:
+        raise ZooError(f'layers={layers}: the teacher has {count} layers that could stay softmax')
+    if calibration is None:
+        raise ZooError(
+            f'layers={layers} keeps the {layers} softmax layers that matter most: pass calibration=[batch, ...], '
+            "or choose without data, e.g. layers='3:1'"
+        )
+    return sensitivity(teacher, calibration, mixer, mixer_kwargs=mixer_kwargs, seed=seed)
 
 
 def families() -> tuple[str, ...]:
@@ -147,7 +157,6 @@ def _copy_with_mixers(teacher, kind: type, recipe: dict[str, Any], share: bool, 
     student.config.__class__ = kind.config_class
     student.config.linearizer = recipe
     student.__class__ = kind
-    student._shares_frozen = share
     attach_padding(student)
     return student
 
@@ -161,15 +170,18 @@ def _build(cls: type, attention: nn.Module, shape, generator: torch.Generator, r
         ) from error
 
 
-def _native_student(teacher, mixer, layers, mixer_kwargs, share_frozen, seed):
+def _is_hovle(teacher: Any) -> bool:
+    return hasattr(teacher, 'embedding_model') and teacher.config.model_type == 'internvl_chat'
+
+
+def _native_student(teacher, recipe: dict[str, Any], share: bool, seed: int) -> PreTrainedModel:
     from zoo.backbones.mmmamba import from_hovle
 
-    if mixer != 'mamba2':
-        raise ZooError("a native HoVLE becomes a native mmMamba: mixer='mamba2' is the only choice")
-    if isinstance(layers, int):
-        raise ZooError("a native HoVLE takes layers='all', a ratio such as '3:1', or the indices of the linear layers")
-    chosen = linear_layers(layers, len(decoder_layers(teacher)))
-    return from_hovle(teacher, chosen, mixer_kwargs=mixer_kwargs or {}, share_frozen=share_frozen, seed=seed)
+    options = recipe['mixer_kwargs']
+    try:
+        return from_hovle(teacher, recipe['layers'], mixer_kwargs=options, share_frozen=share, seed=seed)
+    except TypeError as error:
+        raise ZooError(f"mixer 'mamba2' does not take mixer_kwargs={options}: {error}") from error
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -230,8 +242,9 @@ def restore_attention(student: nn.Module, teacher: nn.Module, layers: Iterable[i
     Raises:
         ZooError: if one of them is not linear in the student, or softmax in the teacher.
     """
-    from zoo._families import attention_name
+    from zoo._families import attention_name, mark_linear, unwrapped
 
+    student, teacher = unwrapped(student), unwrapped(teacher)
     layers, linear, taken = sorted(set(layers)), mixers(student), mixers(teacher)
     wrong = [i for i in layers if i not in linear or i in taken]
     if wrong:
@@ -241,14 +254,10 @@ def restore_attention(student: nn.Module, teacher: nn.Module, layers: Iterable[i
         layer = decoder_layers(student)[i]
         name = attention_name(layer)
         theirs = getattr(originals[i], name)
-        mine = copy.deepcopy(theirs, {id(theirs.config): _text_config(student)} if hasattr(theirs, 'config') else {})
+        config = student.config if theirs.config is teacher.config else student.config.get_text_config(decoder=True)
+        mine = copy.deepcopy(theirs, {id(theirs.config): config})
         setattr(layer, name, mine.requires_grad_(False).train(student.training))
-    if hasattr(student.config, 'linearizer'):
-        student.config.linearizer = student.config.linearizer | {'layers': [i for i in linear if i not in layers]}
-
-
-def _text_config(model: nn.Module):
-    return model.config.get_text_config(decoder=True)
+    mark_linear(student, [i for i in linear if i not in layers])
 
 
 @dataclass
@@ -262,6 +271,10 @@ class Captured:
     inputs: dict[int, Tensor] = field(default_factory=dict)
     heads: dict[int, Tensor] = field(default_factory=dict)
     kwargs: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """Input, head outputs and arguments of one layer."""
+        return self.inputs[index], self.heads[index], self.kwargs[index]
 
 
 @contextmanager
