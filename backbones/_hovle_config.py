@@ -1,8 +1,8 @@
 """Configurations of HoVLE (arXiv 2412.16158): the layout of the published config.json, read without remote code.
 
-A checkpoint's config.json holds `embedding_config` (vision embedding and the first causal layers, "holistic embedding")
-and `llm_config` (InternLM2: the remaining layers and the output). Facts: `hovle/configuration_*.py` of hustvl/mmMamba at
-85143d03 and the config edits of its `convert_weight.py`.
+A checkpoint's config.json holds `embedding_config` (vision embedding and the first causal layers, the "holistic
+embedding") and `llm_config` (InternLM2: the remaining layers and the output). Facts: `hovle/configuration_*.py` of
+hustvl/mmMamba at 85143d03 and the config edits of its `convert_weight.py`.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ class HoVLETextConfig(_PartConfig):
 
 # </s>, [UNUSED_TOKEN_145], <|im_start|> and <|im_end|> of the published vocabulary
 _TURN_ENDS = (2, 1163, 92543, 92542)
-# What `HoVLEConfig()` means; a file that leaves these out means the classes' defaults, as it does for the published code
+# What `HoVLEConfig()` means; a file that leaves these out means the classes' defaults, as for the published code
 _PUBLISHED_DECODER = {'rms_norm_eps': 1e-5, 'rope_theta': 1000000.0}
 
 
@@ -224,8 +224,6 @@ class HoVLEConfig(PreTrainedConfig):
                 f'this {self.model_type!r} config has a vision_config, so it is an InternVL model with a vision '
                 'encoder, not HoVLE; load it in a process that does not import zoo.vlm'
             )
-        for name in _IGNORED:
-            kwargs.pop(name, None)
         for name, cls in self.parts.items():
             part = getattr(self, name)
             if part is None:

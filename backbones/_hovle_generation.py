@@ -1,4 +1,4 @@
-"""How a HoVLE-shaped stack runs over a cache: pieces of a long prompt, padding, image vectors, and `generate`'s needs."""
+"""How HoVLE's stack of layers runs over a cache: pieces of a prompt, padding, image vectors, `generate`'s needs."""
 
 from __future__ import annotations
 

@@ -129,7 +129,7 @@ class Mamba2Mixer(Mixer):
         length = hidden_states.shape[1]
         state = self._state(past_key_values)
         decoding = state is not None and state.has_previous_state[0] and length == 1
-        visible = None if decoding else self._visible(padding_mask, length)
+        visible = None if decoding and padding_mask is None else self._visible(padding_mask, length)
         if visible is not None:  # filled, not multiplied: what a softmax layer leaves at padding need not be finite
             hidden_states = hidden_states.masked_fill(~visible.unsqueeze(-1), 0)
         vkq = self._project(hidden_states)

@@ -12,6 +12,7 @@ sizes of the files at hustvl/mmMamba-linear and -hybrid on the Hugging Face hub.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from transformers.core_model_loading import ConversionOps, WeightConverter, Weig
 __all__ = ['PROJECTIONS', 'merge_projections', 'register_layout', 'split_projections']
 
 PROJECTIONS = ('v_proj', 'k_proj', 'q_proj', 'g_proj', 'in_proj')
+# why merged matrices could not be split, in the loading that is running
+problems: ContextVar[list[str]] = ContextVar('problems', default=[])  # noqa: B039
 _MERGED, _NORM, _PUBLISHED_NORM = 'wvkqgdt.weight', 'g_norm.weight', 'g_norm_swish_gate.weight'
 
 
@@ -80,8 +83,13 @@ class _SplitRows(ConversionOps):
         known = dict(model.named_parameters())
         targets = [t for t in target_patterns if key.replace(first, t) in known]
         rows = [known[key.replace(first, t)].shape[0] for t in targets]
+        try:
+            parts = _split(tensor, rows, key.replace(first, source_patterns[0]))
+        except ValueError as error:
+            problems.get().append(str(error))  # transformers logs what happens here and raises without the reason
+            raise
         # copies: views would keep the merged matrix alive beside projections that later move or change dtype
-        return {t: part.clone() for t, part in zip(targets, _split(tensor, rows, key.replace(first, _MERGED)))}
+        return {t: part.clone() for t, part in zip(targets, parts)}
 
     @property
     def reverse_op(self) -> ConversionOps:

@@ -5,19 +5,21 @@
     -> causal layers of the embedding module -> causal InternLM2 layers -> RMSNorm -> logits (float32)
 
 Weights: OpenGVLab/HoVLE on the Hugging Face hub (2 606 327 808 parameters, 236 tensors); module names are the published
-keys. Facts: `hovle/modeling_*.py` of hustvl/mmMamba at 85143d03. Other than there, generation keeps a key-value cache of
-all layers (32 entries), and every implementation of attention is causal. `import zoo.vlm` registers the model with
+keys. Facts: `hovle/modeling_*.py` of hustvl/mmMamba at 85143d03. Other than there, generation keeps a key-value cache
+of all layers (32 entries), and every implementation of attention is causal. `import zoo.vlm` registers the model with
 transformers' Auto classes; `zoo.backbones.mmmamba` is its linear student.
 """
 
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from timm.layers import DropPath
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
@@ -264,18 +266,40 @@ class HoVLEPreTrainedModel(PreTrainedModel):
         """As in transformers, but a checkpoint that does not fill the model is an error.
 
         Raises:
-            ValueError: naming the keys that the checkpoint lacks or has too many of.
+            ValueError: naming the damaged file, or keys that are missing, unknown or of another size.
         """
-        model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
-        problems = [
-            f'{len(info[kind])} {word}: {", ".join(sorted(map(str, info[kind]))[:4])}{", ..." * (len(info[kind]) > 4)}'
-            for kind, word in (('missing_keys', 'missing'), ('unexpected_keys', 'unknown to the model'))
-            if info.get(kind)
+        lenient = kwargs.setdefault('ignore_mismatched_sizes', False)
+        kwargs['ignore_mismatched_sizes'] = True  # the error for them is raised here, with the names
+        try:
+            model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
+        except SafetensorError as error:
+            raise ValueError(f'{_damaged(name)} is cut off or damaged: {error}') from error
+        problems = {
+            'missing': sorted(info['missing_keys']),
+            'unknown to the model': sorted(info['unexpected_keys']),
+            'of another size': [f'{k} {tuple(a)}, not {tuple(b)}' for k, a, b in sorted(info['mismatched_keys'])],
+        }
+        if lenient:
+            del problems['of another size']
+        found = [
+            f'{len(keys)} {what}: {", ".join(keys[:4])}{", ..." * (len(keys) > 4)}'
+            for what, keys in problems.items()
+            if keys
         ]
-        if problems:
-            raise ValueError(f'{name} does not fit {cls.__name__}: keys ' + '; keys '.join(problems))
+        if found:
+            raise ValueError(f'{name} does not fit {cls.__name__}: keys ' + '; keys '.join(found))
         model._freeze_unused()
         return (model, info) if output_loading_info else model
+
+
+def _damaged(name: Any) -> str:
+    for file in sorted(Path(name).glob('*.safetensors')):
+        try:
+            with safe_open(file, 'pt'):
+                pass
+        except SafetensorError:
+            return str(file)
+    return f'a file of {name}'
 
 
 class HoVLEForConditionalGeneration(HoVLEGeneration, HoVLEPreTrainedModel, GenerationMixin):
@@ -365,21 +389,19 @@ class HoVLEForConditionalGeneration(HoVLEGeneration, HoVLEPreTrainedModel, Gener
 
         Args:
             input_ids: (B, L).
-            pixel_values: tiles (T, 3, H, W) of all rows in order; every tile stands for `config.tokens_per_tile` image
-                ids (four times as many with `pixel_shuffle_loc='post'`, which `input_ids` need not show).
+            pixel_values: tiles (T, 3, H, W) of all rows in order, each for `config.tokens_per_tile` image ids.
             attention_mask: (B, S + L) with 0 at padding, S tokens being in the cache; or a mask that transformers made.
             position_ids: (B, L); by default counted from the mask.
-            past_key_values: cache with one entry per layer of the whole stack; `cache` is its other name.
-            inputs_embeds: (B, L, C), what would enter the first layer, in place of `input_ids` and `pixel_values`.
+            past_key_values: cache with one entry per layer of the whole stack; `cache` is its newer name.
+            inputs_embeds: (B, L, C), what would enter the first layer, instead of `input_ids` and `pixel_values`.
             labels: (B, L), -100 where there is no loss; shifted inside.
             image_flags: (T,), 0 for tiles that stand in for no image.
-            use_cache: whether to return a cache.
+            use_cache: whether to return a cache; by default the config's, and not in training.
             logits_to_keep: how many last positions, or which, get logits; 0 for all.
-            prefill_chunk_size: with a cache, pass the tokens in pieces of this length: memory then grows with the piece.
+            prefill_chunk_size: with a cache, run the tokens in pieces of this length: memory grows with the piece.
             output_hidden_states: also return what enters every layer, and the final norm's output.
             output_attentions: also return attention weights (`attn_implementation='eager'`).
             return_dict: False for a tuple.
-            cache: see past_key_values.
 
         Returns:
             Logits (B, L or fewer, vocabulary) in float32, the cache, and what else was asked for.
@@ -387,28 +409,31 @@ class HoVLEForConditionalGeneration(HoVLEGeneration, HoVLEPreTrainedModel, Gener
         Raises:
             ValueError: if image ids and image vectors are not equally many, or inputs contradict each other.
         """
-        cache = past_key_values if cache is None else cache
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError('give input_ids or inputs_embeds, and not both')
         if inputs_embeds is not None and pixel_values is not None:
             raise ValueError('inputs_embeds already hold the image vectors: pixel_values need input_ids')
-        trains = self.training and torch.is_grad_enabled()
-        use_cache = self.config.use_cache and not trains if use_cache is None else use_cache
-        if use_cache and cache is None and not (trains and self.is_gradient_checkpointing):
-            cache = DynamicCache(config=self.config)
+        use_cache, cache = self._choose_cache(use_cache, past_key_values if cache is None else cache)
         images = None if pixel_values is None else self.get_image_features(pixel_values, image_flags)
-        record = {
-            'hidden_states': () if output_hidden_states else None,
-            'attentions': () if output_attentions else None,
-        }
+        asked = {'hidden_states': output_hidden_states, 'attentions': output_attentions}
+        record = {name: () if wanted else None for name, wanted in asked.items()}
         tail = logits_to_keep if isinstance(logits_to_keep, int) else 0
         hidden_states = self._run(
             input_ids, images, inputs_embeds, attention_mask, position_ids, cache, prefill_chunk_size, tail, record
         )
-        rows = slice(-tail, None) if tail else logits_to_keep
-        kept = hidden_states if isinstance(rows, int) else hidden_states[:, rows]
-        logits = self.language_model.output(kept).float()
-        loss = None
+        kept = hidden_states[:, slice(-tail, None) if isinstance(logits_to_keep, int) else logits_to_keep]
+        output = self._output(kept, labels, record, cache if use_cache else None, kwargs)
+        return output.to_tuple() if return_dict is False else output
+
+    def _choose_cache(self, use_cache: bool | None, cache: Cache | None) -> tuple[bool, Cache | None]:
+        trains = self.training and torch.is_grad_enabled()
+        use_cache = self.config.use_cache and not trains if use_cache is None else use_cache
+        if use_cache and cache is None and not (trains and self.is_gradient_checkpointing):
+            cache = DynamicCache(config=self.config)
+        return use_cache, cache
+
+    def _output(self, hidden_states, labels, record, cache, kwargs) -> CausalLMOutputWithPast:
+        logits, loss = self.language_model.output(hidden_states).float(), None
         if labels is not None:
             options = {k: kwargs[k] for k in ('num_items_in_batch',) if k in kwargs}
             vocabulary = self.config.llm_config.vocab_size
@@ -416,11 +441,10 @@ class HoVLEForConditionalGeneration(HoVLEGeneration, HoVLEPreTrainedModel, Gener
         attentions = record['attentions']
         if attentions and any(weights is None for weights in attentions):
             attentions = None
-        output = CausalLMOutputWithPast(
+        return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             hidden_states=record['hidden_states'],
             attentions=attentions,
-            **{CACHE_FIELD: cache if use_cache else None},
+            **{CACHE_FIELD: cache},
         )
-        return output.to_tuple() if return_dict is False else output

@@ -20,7 +20,7 @@ from torch import nn
 from zoo.backbones._hovle_config import HoVLEConfig, HoVLEEmbeddingConfig, HoVLETextConfig
 from zoo.backbones._mamba2 import Mamba2Mixer
 from zoo.backbones._mixer import AttentionShape
-from zoo.backbones._mmmamba_layout import register_layout, split_projections
+from zoo.backbones._mmmamba_layout import problems, register_layout, split_projections
 from zoo.backbones.hovle import HoVLEAttention, HoVLEForConditionalGeneration
 
 __all__ = ['HoVLELinearForConditionalGeneration', 'MMMambaConfig', 'from_hovle', 'student_config']
@@ -113,7 +113,15 @@ class HoVLELinearForConditionalGeneration(HoVLEForConditionalGeneration):
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
         register_layout(cls.config_class.model_type)
-        return super().from_pretrained(*args, **kwargs)
+        token = problems.set([])
+        try:
+            return super().from_pretrained(*args, **kwargs)
+        except RuntimeError as error:
+            if not problems.get():
+                raise
+            raise ValueError(f'{args[0]} does not fit {cls.__name__}: {"; ".join(problems.get())}') from error
+        finally:
+            problems.reset(token)
 
     def save_pretrained(self, *args, **kwargs) -> None:
         """As in transformers; files have the published keys, whatever keys the model was loaded from."""
@@ -144,7 +152,8 @@ def student_config(config: HoVLEConfig, linear: Sequence[int], mixer_options: di
             raise ValueError(f'there is no layer {i}: the model has {len(kinds)}')
         kinds[i] = 'mamba2'
     values = copy.deepcopy(config.to_diff_dict())
-    values.pop('model_type')
+    for name in ('model_type', 'dtype'):
+        values.pop(name, None)
     first = config.num_embedding_layers
     for name, chosen in (('embedding_config', kinds[:first]), ('llm_config', kinds[first:])):
         values[name].pop('model_type')

@@ -17,6 +17,8 @@ TOOLS = {
     'doctor': ('zoo.tools.doctor', 'cli_doctor'),
     'export': ('zoo.tools.export', 'cli_export'),
     'bench': ('zoo.tools.bench', 'cli_bench'),
+    'chat': ('zoo.tools.chat', 'cli_chat'),
+    'eval-vlm': ('zoo.tools.eval_vlm', 'cli_eval_vlm'),
 }
 
 OVERVIEW = """\
@@ -28,6 +30,10 @@ Train and use
   test      --ckpt_path FILE                              test a trained checkpoint
   validate  --ckpt_path FILE                              the same on the validation split
   predict   --ckpt_path FILE --images FILE_OR_FOLDER ...  write predictions.csv and contact_sheet.png
+
+Vision-language models
+  chat MODEL --image FILE "QUESTION"                      ask one; MODEL is a folder or hub name
+  eval-vlm MODEL --data FILE                              exact match, VQA accuracy, perplexity
 
 Look around
   list [FILTER]              models                       info NAME      parameters, MACs, weights, licence

@@ -33,7 +33,7 @@ MODELS = {HoVLEConfig: HoVLEForConditionalGeneration, MMMambaConfig: HoVLELinear
 
 
 def register() -> None:
-    """Register configs, models and processors with transformers; importing this module does it, calling it again is harmless."""
+    """Register configs, models and processors with transformers; importing this module has done it already."""
     for config, model in MODELS.items():
         AutoConfig.register(config.model_type, config, exist_ok=True)
         for auto in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):

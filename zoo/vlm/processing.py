@@ -8,7 +8,7 @@ cut in reading order, append the whole image as a thumbnail when there are sever
 from __future__ import annotations
 
 import json
-import sys
+import re
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
@@ -26,6 +26,8 @@ from zoo.errors import ZooError
 from zoo.vlm.tokenizer import InternLM2Tokenizer
 
 IMAGE = '<image>'  # what stands for one image in a prompt
+CONTEXT = '<IMG_CONTEXT>'  # the token of (a part of) an image; once in a prompt, it stands for an image too
+_PLACEHOLDER = re.compile(f'{IMAGE}|{CONTEXT}')
 SYSTEM_MESSAGE = (
     '你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。'
 )
@@ -33,7 +35,7 @@ _CONTENT = """\
 {%- macro render(content) -%}
 {%- if content is string -%}{{ content }}{%- else -%}
 {%- for item in content -%}
-{%- if item.type == 'text' -%}{{ item.text }}{%- else -%}{{ '<image>\\n' }}{%- endif -%}
+{%- if item.type == 'text' -%}{{ item.text }}{%- else -%}{{ '<IMG_CONTEXT>\\n' }}{%- endif -%}
 {%- endfor -%}{%- endif -%}
 {%- endmacro -%}
 """
@@ -56,10 +58,11 @@ CHAT_TEMPLATES = {
 }
 
 
-def _network_errors() -> tuple[type[Exception], ...]:
-    """What a download can raise, if the library for it is there at all."""
-    httpx = sys.modules.get('httpx')
-    return (httpx.HTTPError, httpx.InvalidURL) if httpx else ()
+def _download(url: str) -> Image.Image:
+    try:
+        return load_image(url)
+    except Exception as error:  # the client behind it has a dozen types of its own
+        raise OSError(f'{type(error).__name__}: {error}') from error
 
 
 def read_image(source: Any) -> Image.Image:
@@ -73,11 +76,11 @@ def read_image(source: Any) -> Image.Image:
     """
     try:
         if isinstance(source, str) and source.startswith(('http://', 'https://', 'data:image/')):
-            return load_image(source)
+            return _download(source)
         opened = BytesIO(source) if isinstance(source, (bytes, bytearray)) else source
         image = opened if isinstance(opened, Image.Image) else Image.open(opened)
         return ImageOps.exif_transpose(image).convert('RGB')
-    except (*UNREADABLE, *_network_errors()) as error:
+    except UNREADABLE as error:
         shown = str(source)[:200] if isinstance(source, (str, Path)) else f'({type(source).__name__})'
         raise ZooError(f'cannot read image {shown}: {str(error)[:200]}') from error
 
@@ -153,11 +156,10 @@ class HoVLEProcessor(ProcessorMixin):
         max_length: int | None = None,
     ) -> None:
         self.image_seq_length, self.max_length = image_seq_length, max_length
-        self.image_token = IMAGE
-        self.start_token, self.context_token, self.end_token = '<img>', '<IMG_CONTEXT>', '</img>'
-        self.image_token_id = tokenizer.convert_tokens_to_ids(self.context_token)
+        self.start_token, self.image_token, self.end_token = '<img>', CONTEXT, '</img>'
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         known = tokenizer.get_vocab()
-        for token in (self.start_token, self.context_token, self.end_token):
+        for token in (self.start_token, self.image_token, self.end_token):
             if token not in known:
                 raise ZooError(f'the tokenizer has no token {token}: is it that of another model?')
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATES['internlm2-chat'])
@@ -228,8 +230,8 @@ class HoVLEProcessor(ProcessorMixin):
                 tokenizer; `max_patches`, `min_patches`, `device` and others of the image processor.
 
         Raises:
-            ZooError: for an unreadable image, a number of `<image>` that is not that of the images, a sequence that
-                is longer than `max_length`, or image tokens written out in a text.
+            ZooError: for an unreadable image, a number of `<image>` that is not that of the images, a sequence that is
+                longer than `max_length`.
         """
         for group in ('text_kwargs', 'images_kwargs', 'common_kwargs'):
             kwargs |= kwargs.pop(group, None) or {}
@@ -259,16 +261,13 @@ class HoVLEProcessor(ProcessorMixin):
             return flat
         if nested and len(groups) != len(texts):
             raise ZooError(f'{len(groups)} lists of images for {len(texts)} texts: give one list, empty or not, a text')
-        wanted = [text.count(IMAGE) for text in texts]
-        for sample, text in enumerate(texts):
-            if self.context_token in text:
-                raise ZooError(f'text {sample} holds {self.context_token}: write {IMAGE} for each image instead')
-            if nested and wanted[sample] != len(groups[sample]):
-                raise ZooError(
-                    f'text {sample} has {wanted[sample]} {IMAGE}, but {len(groups[sample])} images are given'
-                )
+        wanted = [len(_PLACEHOLDER.findall(text)) for text in texts]
+        hint = f'write {IMAGE} once for an image: its {CONTEXT} are put in here'
+        for sample, count in enumerate(wanted):
+            if nested and count != len(groups[sample]):
+                raise ZooError(f'text {sample} has {count} {IMAGE}, but {len(groups[sample])} images are given; {hint}')
         if sum(wanted) != len(flat):
-            raise ZooError(f'the texts have {sum(wanted)} {IMAGE}, but {len(flat)} images are given')
+            raise ZooError(f'the texts have {sum(wanted)} {IMAGE}, but {len(flat)} images are given; {hint}')
         return flat
 
     def _tokenize(self, texts: list[str], tiles: list[int], **kwargs: Any) -> dict[str, Any]:
@@ -310,17 +309,17 @@ class HoVLEProcessor(ProcessorMixin):
 
     def _expand(self, text: str, tiles: Any) -> tuple[str, list[dict[str, Any]]]:
         """A text with its image tokens, and where they were put in."""
-        parts, offsets, position, grown = text.split(IMAGE), [], 0, 0
-        pieces = [parts[0]]
-        for part in parts[1:]:
-            tokens = self.start_token + self.context_token * (self.image_seq_length * next(tiles)) + self.end_token
-            position += len(pieces[-1])
-            span = (position, position + len(IMAGE))
-            new_span = (position + grown, position + grown + len(tokens))
-            offsets.append({'type': 'image', 'span': span, 'new_span': new_span, 'text': IMAGE, 'replacement': tokens})
-            position, grown = position + len(IMAGE), grown + len(tokens) - len(IMAGE)
-            pieces += [tokens, part]
-        return ''.join(pieces), offsets
+        pieces, offsets, done, grown = [], [], 0, 0
+        for match in _PLACEHOLDER.finditer(text):
+            tokens = self.start_token + self.image_token * (self.image_seq_length * next(tiles)) + self.end_token
+            new_start = match.start() + grown
+            new_span = (new_start, new_start + len(tokens))
+            offsets.append(
+                {'type': 'image', 'span': match.span(), 'new_span': new_span, 'text': match[0], 'replacement': tokens}
+            )
+            pieces += [text[done : match.start()], tokens]
+            done, grown = match.end(), grown + len(tokens) - len(match[0])
+        return ''.join([*pieces, text[done:]]), offsets
 
 
 def _pad_offsets(extra: dict[str, list], masks: list[list[int]], side: str) -> dict[str, list]:

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import json
 import re
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import import_protobuf
 from transformers.utils import cached_file
 
 from zoo.errors import ZooError
@@ -29,8 +31,60 @@ _DEFAULTS = {'bos_token': '<s>', 'eos_token': '</s>', 'unk_token': '<unk>', 'pad
 _HUB_ARGUMENTS = ('cache_dir', 'force_download', 'token', 'revision', 'local_files_only', 'subfolder')
 
 
-def read_model(path: str | Path) -> Any:
-    """The parsed `ModelProto` of a sentencepiece file.
+@dataclass
+class SentencePieceModel:
+    """What a sentencepiece file says, as far as encoding needs it.
+
+    Args:
+        pieces: Text, score and kind of each piece, by id.
+        unk_id: Id of the piece for unknown characters.
+        byte_fallback: Whether unknown characters become bytes.
+        charsmap: Compiled normalisation table, or nothing.
+        add_dummy_prefix: Whether a text begins with a space.
+        remove_extra_whitespaces: Whether spaces at the ends and in a row are dropped.
+        escape_whitespaces: Whether spaces become U+2581.
+    """
+
+    pieces: list[tuple[str, float, int]]
+    unk_id: int = 0
+    byte_fallback: bool = False
+    charsmap: bytes = b''
+    add_dummy_prefix: bool = True
+    remove_extra_whitespaces: bool = True
+    escape_whitespaces: bool = True
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
+    """Number and value of each field of a protocol buffer message: an int, 4 or 8 bytes, or the bytes of a message."""
+    position = 0
+
+    def varint() -> int:
+        nonlocal position
+        value = shift = 0
+        while True:
+            byte = data[position]
+            position += 1
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                return value
+
+    while position < len(data):
+        key = varint()
+        if key & 7 == 0:
+            yield key >> 3, varint()
+            continue
+        size = {1: 8, 5: 4}.get(key & 7) or (varint() if key & 7 == 2 else 0)
+        if not 0 <= size <= len(data) - position or key & 7 not in (1, 2, 5):
+            raise ValueError('it ends too early or is something else')
+        yield key >> 3, data[position : position + size]
+        position += size
+
+
+def read_model(path: str | Path) -> SentencePieceModel:
+    """Reads a sentencepiece file by its wire format, so that neither sentencepiece nor a protobuf version is needed.
+
+    Field numbers are those of `sentencepiece_model.proto` (github.com/google/sentencepiece).
 
     Args:
         path: `tokenizer.model`.
@@ -38,21 +92,25 @@ def read_model(path: str | Path) -> Any:
     Raises:
         ZooError: if the file is no sentencepiece BPE model.
     """
-    from google.protobuf.message import DecodeError
-
-    proto = import_protobuf().ModelProto()
     try:
-        proto.ParseFromString(Path(path).read_bytes())
-    except (OSError, DecodeError) as error:
+        parts = list(_fields(Path(path).read_bytes()))
+        pieces = []
+        for message in (value for number, value in parts if number == 1):
+            piece = dict(_fields(message))
+            score = struct.unpack('<f', piece[2])[0] if 2 in piece else 0.0
+            pieces.append((piece[1].decode(), score, piece.get(3, _NORMAL)))
+        trainer, normalizer = ({k: v for n, m in parts if n == part for k, v in _fields(m)} for part in (2, 3))
+    except (OSError, ValueError, IndexError, KeyError, TypeError, struct.error) as error:
         raise ZooError(f'{path} is not a sentencepiece model ({error}): is it a Git LFS pointer?') from error
-    if proto.trainer_spec.model_type != _BPE:
+    if trainer.get(3) != _BPE:
         raise ZooError(f"{path} is not a BPE model, which InternLM2's tokenizer is: load it with AutoTokenizer")
-    return proto
+    switches = [bool(normalizer.get(number, 1)) for number in (3, 4, 5)]
+    return SentencePieceModel(pieces, trainer.get(40, 0), bool(trainer.get(35, 0)), normalizer.get(2, b''), *switches)
 
 
-def _ranked_merges(pieces: list, names: list[str]) -> list[tuple[str, str]]:
+def _ranked_merges(model: SentencePieceModel, names: list[str]) -> list[tuple[str, str]]:
     """Every way to put a piece together from two others, best score first as sentencepiece merges."""
-    normal = {names[i]: piece.score for i, piece in enumerate(pieces) if piece.type == _NORMAL}
+    normal = {names[i]: score for i, (_, score, kind) in enumerate(model.pieces) if kind == _NORMAL}
     ranked = []
     for index, (piece, score) in enumerate(normal.items()):
         for cut in range(1, len(piece)):
@@ -62,11 +120,11 @@ def _ranked_merges(pieces: list, names: list[str]) -> list[tuple[str, str]]:
     return [(left, right) for *_, left, right in sorted(ranked)]
 
 
-def _normalizer(spec: Any) -> normalizers.Normalizer:
+def _normalizer(spec: SentencePieceModel) -> normalizers.Normalizer:
     """What sentencepiece does to a text before it merges, in its order."""
     steps: list[normalizers.Normalizer] = []
-    if spec.precompiled_charsmap:
-        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+    if spec.charsmap:
+        steps.append(normalizers.Precompiled(spec.charsmap))
     if spec.remove_extra_whitespaces:
         steps += [normalizers.Replace(Regex(r'\A +| +\z'), ''), normalizers.Replace(Regex(' {2,}'), ' ')]
     if spec.add_dummy_prefix:
@@ -76,10 +134,10 @@ def _normalizer(spec: Any) -> normalizers.Normalizer:
     return normalizers.Sequence(steps)
 
 
-def _decoder(spec: Any, byte_fallback: bool, added: list[str]) -> decoders.Decoder:
+def _decoder(spec: SentencePieceModel, added: list[str]) -> decoders.Decoder:
     """Pieces to text. A dummy prefix is taken away again at the start of the text and behind every added token."""
     steps: list[decoders.Decoder] = [decoders.Replace(_SPACE, ' ')]
-    if byte_fallback:
+    if spec.byte_fallback:
         steps.append(decoders.ByteFallback())
     steps.append(decoders.Fuse())
     if spec.add_dummy_prefix:
@@ -90,40 +148,37 @@ def _decoder(spec: Any, byte_fallback: bool, added: list[str]) -> decoders.Decod
     return decoders.Sequence(steps)
 
 
-def build_backend(path: str | Path, added: dict[int, AddedToken]) -> Tokenizer:
+def build_backend(model: SentencePieceModel, added: dict[int, AddedToken]) -> Tokenizer:
     """A `tokenizers.Tokenizer` that encodes as sentencepiece does between added tokens.
 
     Args:
-        path: `tokenizer.model`, BPE.
+        model: From `read_model`.
         added: Tokens by id that are matched in the raw text. An id inside the model renames its piece, others follow.
 
     Raises:
-        ZooError: if a token has two ids or the file is no such model.
+        ZooError: if a token has two ids.
     """
-    proto = read_model(path)
-    spec, pieces = proto.normalizer_spec, list(proto.pieces)
-    names = [str(added[i]) if i in added else piece.piece for i, piece in enumerate(pieces)]
+    names = [str(added[i]) if i in added else piece for i, (piece, *_) in enumerate(model.pieces)]
     vocabulary = {name: i for i, name in enumerate(names)} | {str(token): i for i, token in added.items()}
     taken = {i: name for name, i in vocabulary.items()}
     for i, name in [*enumerate(names), *((i, str(token)) for i, token in added.items())]:
         if taken.get(i) != name:
-            raise ZooError(f'{Path(path).parent}: the token {name!r} has two ids, {i} and {vocabulary[name]}')
-    user_defined = [names[i] for i, p in enumerate(pieces) if p.type == _USER_DEFINED and i not in added]
-    byte_fallback = proto.trainer_spec.byte_fallback
-    model = models.BPE(
+            raise ZooError(f'the token {name!r} of the tokenizer has two ids, {i} and {vocabulary[name]}')
+    user_defined = [names[i] for i, (*_, kind) in enumerate(model.pieces) if kind == _USER_DEFINED and i not in added]
+    merging = models.BPE(
         vocab=vocabulary,
-        merges=_ranked_merges(pieces, names),
-        unk_token=names[proto.trainer_spec.unk_id],
+        merges=_ranked_merges(model, names),
+        unk_token=names[model.unk_id],
         fuse_unk=True,
-        byte_fallback=byte_fallback,
+        byte_fallback=model.byte_fallback,
         ignore_merges=bool(user_defined),  # sentencepiece never splits these pieces, nor merges them
     )
-    tokenizer = Tokenizer(model)
-    tokenizer.normalizer = _normalizer(spec)
+    tokenizer = Tokenizer(merging)
+    tokenizer.normalizer = _normalizer(model)
     if user_defined:
         longest_first = '|'.join(re.escape(piece) for piece in sorted(user_defined, key=len, reverse=True))
         tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(longest_first), behavior='isolated')
-    tokenizer.decoder = _decoder(spec, byte_fallback, [str(token) for token in added.values()])
+    tokenizer.decoder = _decoder(model, [str(token) for token in added.values()])
     for _, token in sorted(added.items()):
         (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
     return tokenizer
@@ -215,12 +270,13 @@ class InternLM2Tokenizer(PreTrainedTokenizerFast):
             named |= {key: _content(source[key]) for key in _NAMES if source.get(key)}
         added = added_tokens(config, extra, named)
         known = {str(token) for token in added.values()}
-        pieces = {piece.piece: i for i, piece in enumerate(read_model(model).pieces)}
+        parsed = read_model(model)
+        pieces = {piece: i for i, (piece, *_) in enumerate(parsed.pieces)}
         for token in set(named.values()) - known:
             if token not in pieces:
                 raise ZooError(f'{Path(model).parent} names the special token {token!r} but gives it no id')
             added[pieces[token]] = AddedToken(token, normalized=False, special=True)
-        backend = build_backend(model, added)
+        backend = build_backend(parsed, added)
         bos = named['bos_token']
         add_bos = options.pop('add_bos_token', True)
         backend.post_processor = processors.TemplateProcessing(
