@@ -2,13 +2,16 @@
 
 import csv
 import json
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 
+import zoo
 from zoo.checkpoints import read_checkpoint
 from zoo.cli import main
 from zoo.errors import ZooError
@@ -39,7 +42,7 @@ STAGES = [
         'softmax_layers': [0, 2],
         'start_from': 'qkv',
         'ce_weight': 0.5,
-        'lora': {'r': 2, 'dropout': 0.1, 'target_modules': ['v_proj', 'up_proj']},
+        'lora': {'r': 2, 'dropout': 0.1, 'targets': ['v_proj', 'up_proj']},
     },
 ]
 
@@ -289,7 +292,7 @@ def test_merged_lora_is_the_same_function(batch):
     model, _ = tiny_teacher()
     inputs, _ = batch
     before = model(**inputs).logits
-    lora = {'r': 2, 'target_modules': ['v_proj', 'up_proj']}
+    lora = {'r': 2, 'targets': ['v_proj', 'up_proj']}
     student = Student(model, 'mamba2', {}, stage('a', loss='logits', train=['lora'], lora=lora), seed=0)
     tensors = {n: torch.randn_like(p) / 4 if 'lora_' in n else p for n, p in student.named_parameters().items()}
     with torch.no_grad():
@@ -472,3 +475,84 @@ def test_set_trainable_by_role():
     set_trainable(student.mixers, [], stage('b', train=['output']))
     names = {n.split('.', 2)[2] for n, p in student.named_parameters().items() if p.requires_grad}
     assert names == {'o_proj.weight'}
+
+
+# recipes
+
+CONFIGS = next(Path(base) / 'configs' for base in zoo.__path__ if (Path(base) / 'configs').is_dir())
+RECIPES = sorted((CONFIGS / 'distill_vlm').glob('*.yaml'))
+
+
+def conversations(folder):
+    """Two questions about one picture, as JSON lines."""
+    Image.new('RGB', (40, 40), 'red').save(folder / 'red.png')
+    told = [{'from': 'human', 'value': '<image>what colour is it ?'}, {'from': 'gpt', 'value': 'red'}]
+    path = folder / 'rows.jsonl'
+    path.write_text((json.dumps({'image': 'red.png', 'conversations': told}) + '\n') * 8)
+    return path
+
+
+def tiny_hovle(folder):
+    """A HoVLE of four layers with random weights and its tokenizer, as published."""
+    from vlm_folders import BEHIND, published_tokenizer
+
+    from zoo.vlm import HoVLEConfig, HoVLEForConditionalGeneration
+
+    folder.mkdir()
+    model, ids = published_tokenizer(folder)
+    size = model.get_piece_size() + len(BEHIND)
+    part = {'hidden_size': 32, 'intermediate_size': 64, 'num_attention_heads': 4, 'num_key_value_heads': 2}
+    first = {'num_hidden_layers': 2, 'patch_size': 7, 'image_size': 28, 'llm_vocab_size': size, 'llm_hidden_size': 32}
+    HoVLEForConditionalGeneration(
+        HoVLEConfig(
+            embedding_config=part | first | {'img_context_token_id': ids['<IMG_CONTEXT>']},
+            llm_config=part | {'num_hidden_layers': 2, 'vocab_size': size, 'pad_token_id': 2},
+            force_image_size=28,
+            dynamic_image_size=True,
+            use_thumbnail=True,
+            max_dynamic_patch=4,
+            template='internlm2-chat',
+        )
+    ).save_pretrained(folder)
+    return folder
+
+
+def shrunk(path, stages):
+    """A recipe's stages, one step each."""
+    few = [
+        {
+            **s,
+            'max_steps': 1,
+            'wsd': {'warmup': 0, 'stable': None, 'decay': 0},
+            'softmax_layers': [0] if s.get('softmax_layers') else [],
+        }
+        for s in stages
+    ]
+    for one in few:
+        if one.get('lora'):
+            one['lora'] = {**one['lora'], 'targets': one['lora']['targets'].replace('text_model', 'language_model')}
+    return few
+
+
+@pytest.mark.parametrize('path', [p for p in RECIPES if 'teacher' not in p.stem], ids=lambda p: p.stem)
+def test_recipe_goes_through_its_stages(path, teacher, tmp_path, monkeypatch, capsys):
+    from vlm_folders import tiny_llava
+
+    monkeypatch.chdir(tmp_path)
+    init = yaml.safe_load(path.read_text())
+    data, init = init['data'], init['model']['init_args']
+    args = [f'--model.stages={json.dumps(shrunk(path, init["stages"]))}', '--trainer.precision=32-true']
+    args += ['--trainer.accelerator=cpu', '--trainer.devices=1', '--trainer.strategy=auto', '--data.num_workers=0']
+    args += ['--run.test_after_fit=false', '--trainer.limit_val_batches=1', '--data.batch_size=2']
+    if data['class_path'] == 'zoo.data.Shapes':
+        args += [f'--model.teacher={teacher}', '--data.patch_size=12']
+    else:
+        folder = tmp_path / 'teacher'
+        tiny_hovle(folder) if 'HoVLE' in init['teacher'] else tiny_llava(folder)
+        args += [f'--model.teacher={folder}', f'--data.processor={folder}', f'--data.train={conversations(tmp_path)}']
+        args += ['--data.val_fraction=0.25']
+    assert main(['fit', f'--config={path}', *args]) == 0, capsys.readouterr().err
+    run = tmp_path / 'runs' / path.stem
+    for stage in init['stages']:
+        assert (run / 'stages' / f'{stage["name"]}.safetensors').is_file()
+        assert (run / stage['name'] / 'config.json').is_file() == (stage['loss'] == 'logits')

@@ -65,13 +65,13 @@ class Lora:
         r: Rank.
         alpha: Adapters are scaled by alpha / r.
         dropout: Dropout in front of them.
-        target_modules: Names or name endings of the linear layers.
+        targets: Endings of the names of the linear layers, or a regular expression of whole names.
     """
 
     r: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
-    target_modules: list[str] = field(default_factory=lambda: ['q_proj', 'k_proj', 'v_proj', 'o_proj'])
+    targets: str | list[str] = field(default_factory=lambda: ['q_proj', 'k_proj', 'v_proj', 'o_proj'])
 
 
 @dataclass

@@ -94,13 +94,11 @@ def attach_lora(model: nn.Module, lora: Lora) -> None:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ZooError("LoRA needs peft. Type: pip install 'linear-zoo[vlm]'") from error
-    config = LoraConfig(
-        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.target_modules)
-    )
+    config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.targets)
     try:
         inject_adapter_in_model(config, model)
     except ValueError as error:
-        raise ZooError(f'lora.target_modules {lora.target_modules}: {error}') from error
+        raise ZooError(f'lora.targets {lora.targets}: {error}') from error
 
 
 def merge_lora(model: nn.Module) -> None:
