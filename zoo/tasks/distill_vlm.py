@@ -166,8 +166,6 @@ class DistillVLM(LightningModule):
     # Lightning's interface
 
     def setup(self, stage: str) -> None:
-        if self._teacher is not None:
-            return
         trainer = self.trainer
         if stage != 'fit':
             raise ZooError(
@@ -180,10 +178,11 @@ class DistillVLM(LightningModule):
         self.__dict__.update(_teacher=teacher, _teacher_folder=folder)
         check_data(teacher, folder, trainer.datamodule)
         self.__dict__['_accumulate'] = trainer.accumulate_grad_batches
-        if trainer.max_steps == -1:
+        if not 0 <= trainer.max_steps <= self.plan.total_steps:
             trainer.fit_loop.epoch_loop.max_steps = self.plan.total_steps
-        self._build(0)
-        self._hand_over()
+        if trainer.ckpt_path is None:  # otherwise the checkpoint says which stage it is in
+            self._build(0)
+            self._hand_over()
 
     def configure_optimizers(self) -> dict[str, Any]:
         accumulate = self.now.accumulate or self._accumulate
@@ -211,7 +210,7 @@ class DistillVLM(LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         while self.index < self.plan.index_at(self.global_step):
             self._advance(self.index + 1)
-        if not self._announced:
+        if not self._announced and batch['name']:
             self._announce(batch)
         seed_all(run_seed(), self.current_epoch, batch_idx, self.global_rank)
 
@@ -247,8 +246,11 @@ class DistillVLM(LightningModule):
 
     # losses
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
-        inputs, mask, labels = self._unpack(batch)
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor | None:
+        self._count_unusable(batch)
+        if not batch['name']:
+            return None
+        inputs, mask, labels = unpacked(batch)
         size = len(inputs['input_ids'])
         if self.now.loss == 'heads':
             loss, errors = self._heads(inputs, mask)
@@ -267,7 +269,10 @@ class DistillVLM(LightningModule):
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        inputs, mask, labels = self._unpack(batch)
+        self._count_unusable(batch)
+        if not batch['name']:
+            return
+        inputs, mask, labels = unpacked(batch)
         size = len(inputs['input_ids'])
         self._student.train_adapters(False)
         if self.now.loss == 'heads':
@@ -304,7 +309,7 @@ class DistillVLM(LightningModule):
     @torch.no_grad()
     def _announce(self, batch: dict[str, Any]) -> None:
         """Logs where a stage starts: the KL on its first batch, and what it trains."""
-        inputs, mask, labels = self._unpack(batch)
+        inputs, mask, labels = unpacked(batch)
         self._student.train_adapters(False)
         with self.trainer.precision_plugin.train_step_context():
             found = self._logits(inputs, mask, labels)
@@ -313,14 +318,11 @@ class DistillVLM(LightningModule):
             say_stage(self.plan, self.index, self._student, float(found.kl), float(found.agreement))
         self.__dict__['_announced'] = True
 
-    def _unpack(self, batch: dict[str, Any]) -> tuple[dict[str, Any], torch.Tensor | None, torch.Tensor | None]:
-        data = self.trainer.datamodule
+    def _count_unusable(self, batch: dict[str, Any]) -> None:
         if batch['failures']:
-            data.report_failures(batch['failures'])
+            self.trainer.datamodule.report_failures(batch['failures'])
         if batch['dropped']:
-            data.report_dropped(batch['dropped'])
-        inputs = model_inputs(batch)
-        return inputs, inputs.get('attention_mask'), batch.get('labels')
+            self.trainer.datamodule.report_dropped(batch['dropped'])
 
     # the end
 
@@ -392,3 +394,9 @@ class DistillVLM(LightningModule):
             f'batch {batch_idx})\nWhat helps: a lower optim.lr of the stage, --trainer.gradient_clip_val 2, a longer '
             'wsd.warmup, or bf16-mixed instead of 16-mixed'
         )
+
+
+def unpacked(batch: dict[str, Any]) -> tuple[dict[str, Any], torch.Tensor | None, torch.Tensor | None]:
+    """Model inputs, padding mask and labels of a batch of zoo.data.chat."""
+    inputs = model_inputs(batch)
+    return inputs, inputs.get('attention_mask'), batch.get('labels')
