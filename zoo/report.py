@@ -17,6 +17,7 @@ from zoo.data.folder import open_image
 from zoo.data.sampling import UNREADABLE
 
 _BLUE, _ORANGE, _GREY = '#2b6cb0', '#dd6b20', '#4a5568'
+_COLOURS = (_BLUE, _ORANGE, _GREY, '#2f855a', '#b83280', '#6b46c1', '#975a16', '#00838f')
 _MOST_CLASSES_DRAWN = 40
 
 
@@ -42,8 +43,15 @@ def read_metrics(path: str | Path) -> dict[str, tuple[list[float], list[float]]]
     return series
 
 
-def plot_curves(metrics: str | Path, target: str | Path) -> None:
-    """Draws loss and accuracy over optimizer steps from a metrics.csv."""
+def plot_curves(metrics: str | Path, target: str | Path, title: str, accuracies: dict[str, str]) -> None:
+    """Draws loss and accuracy over optimizer steps from a metrics.csv.
+
+    Args:
+        metrics: The file.
+        target: The picture.
+        title: Of the right half.
+        accuracies: Metric to label, for the right half.
+    """
     series = read_metrics(metrics)
     figure, axes = _figure(10, 4, 1, 2)
     loss, accuracy = axes[0]
@@ -52,17 +60,12 @@ def plot_curves(metrics: str | Path, target: str | Path) -> None:
     for key, label, color in (('train/loss_epoch', 'training', _BLUE), ('val/loss', 'validation', _ORANGE)):
         if key in series:
             loss.plot(*series[key], label=label, color=color, marker='.', markersize=3)
-    shown = (
-        ('train/top1', 'training, augmented', _BLUE),
-        ('val/top1', 'validation', _ORANGE),
-        ('val/raw_top1', 'validation, without averaging', _GREY),
-    )
-    for key, label, color in shown:
+    for (key, label), color in zip(accuracies.items(), _COLOURS):
         if key in series:
             steps, values = series[key]
             accuracy.plot(steps, [100 * v for v in values], label=label, color=color, marker='.', markersize=3)
     loss.set(title='Loss', xlabel='optimizer step', ylabel='cross-entropy', ylim=(0, None))
-    accuracy.set(title='Top-1 accuracy', xlabel='optimizer step', ylabel='%')
+    accuracy.set(title=title, xlabel='optimizer step', ylabel='%')
     for axis in (loss, accuracy):
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[1]:
@@ -130,6 +133,7 @@ class TestReport(Callback):
     """
 
     __test__ = False  # not a test case, whatever pytest makes of the name
+    files = 'curves.png, confusion.png, mistakes.png, per_class.csv'
 
     def __init__(self, folder: str | Path, samples: str | Path | None = None, worst: int = 24) -> None:
         self.folder, self.samples, self.worst = Path(folder), Path(samples) if samples else None, worst

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 import yaml
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -28,7 +28,7 @@ from zoo.checkpoints import BEST, LAST, AtomicCheckpointIO, KeepLast, read_check
 from zoo.data.images import ImageList
 from zoo.data.transforms import View
 from zoo.errors import ZooError
-from zoo.report import PredictionWriter, TestReport, plot_curves
+from zoo.report import PredictionWriter, plot_curves
 from zoo.tasks.progress import EpochLine, LearningRate, MetricsCSV, Throughput
 
 CHECKPOINTS, CONFIG = 'checkpoints', 'config.yaml'
@@ -177,7 +177,7 @@ def config_of(checkpoint: Path) -> Path:
         return folder / CONFIG
     # the class is fixed here: a checkpoint may say how large a network is, not which code to run
     hparams = read_checkpoint(checkpoint, mmap=True).get('hyper_parameters') or {}
-    if 'net' not in hparams:
+    if 'num_classes' not in hparams:
         raise ZooError(f'{checkpoint} does not say which network it holds; give the config of its run with --config')
     made = Path(tempfile.mkdtemp(prefix='zoo-')) / f'{checkpoint.stem}.yaml'
     made.write_text(yaml.safe_dump({'model': {'class_path': 'zoo.tasks.Classify', 'init_args': _plain(hparams)}}))
@@ -359,8 +359,8 @@ class ZooCLI(LightningCLI):
         else:
             kwargs['logger'] = False
             kwargs['enable_checkpointing'] = False
-        if self.subcommand in ('fit', 'test') and hasattr(self.model, 'num_classes'):
-            callbacks.append(self._test_report())
+        if self.subcommand in ('fit', 'test') and hasattr(self.model, 'report_callback'):
+            callbacks.append(self._report_callback())
         if config.get('enable_progress_bar') is None:
             kwargs['enable_progress_bar'] = sys.stdout.isatty()
         if kwargs.get('enable_progress_bar', config.get('enable_progress_bar')):
@@ -369,11 +369,10 @@ class ZooCLI(LightningCLI):
         kwargs['enable_autolog_hparams'] = False
         return super().instantiate_trainer(**kwargs)
 
-    def _test_report(self) -> TestReport:
+    def _report_callback(self) -> Callback:
         if self.subcommand == 'fit':
-            return TestReport(self.run_dir / 'report', samples=self.run_dir / 'samples')
-        output = self._get(self.config_init, 'output')
-        return TestReport(Path(output) if output else self.run_dir / 'report')
+            return self.model.report_callback(self.run_dir / 'report', self.run_dir / 'samples')
+        return self.model.report_callback(self._test_folder(), None)
 
     # verbs
 
@@ -396,14 +395,16 @@ class ZooCLI(LightningCLI):
 
     def test(self, model: LightningModule, **kwargs: Any) -> None:
         self.trainer.test(model, weights_only=True, verbose=False, **kwargs)
-        say(accuracy_line('test', self.trainer.callback_metrics))
+        say(model.headline('test', self.trainer.callback_metrics))
         say(f'report: {self._test_folder()}/')
 
     def validate(self, model: LightningModule, **kwargs: Any) -> None:
         self.trainer.validate(model, weights_only=True, verbose=False, **kwargs)
-        say(accuracy_line('val', self.trainer.callback_metrics))
+        say(model.headline('val', self.trainer.callback_metrics))
 
     def predict(self, model: LightningModule, **kwargs: Any) -> None:
+        if hasattr(model, 'export'):
+            raise ZooError(f'{type(model).__name__} has no predict: its models are folders that transformers loads')
         images = self._get(self.config_init, 'images')
         if not images:
             raise ZooError('predict needs --images FILE_OR_FOLDER ...')
@@ -424,30 +425,43 @@ class ZooCLI(LightningCLI):
         say(f'{count} images{unreadable}: {folder}/predictions.csv, {folder}/contact_sheet.png')
 
     def _conclude(self, model: LightningModule) -> None:
+        """Ends a fit: curves, a test of the best checkpoint, what the model exports, and what was written where.
+
+        A module that ends in its own way has `conclude(test) -> lines to print`. Otherwise `accuracy_curves`, `headline`
+        and `report_callback` say how its results are shown, and `export(folder) -> lines` writes more than checkpoints.
+        """
         if hasattr(model, 'conclude'):
             lines = model.conclude(self._get(self.config_init, 'run').test_after_fit)
             files = f'{CHECKPOINTS}/{LAST}, {CONFIG}, metrics.csv, tensorboard/'
             say('\n'.join([*lines, f'run:     {self.run_dir}/  ({files})']))
             return
-        folder, line = self.run_dir / CHECKPOINTS, None
+        folder, line, data = self.run_dir / CHECKPOINTS, None, self.datamodule
         if (self.run_dir / 'metrics.csv').is_file() and self.trainer.is_global_zero:
             (self.run_dir / 'report').mkdir(exist_ok=True)
-            plot_curves(self.run_dir / 'metrics.csv', self.run_dir / 'report' / 'curves.png')
+            plot_curves(self.run_dir / 'metrics.csv', self.run_dir / 'report' / 'curves.png', *model.accuracy_curves)
         best = folder / BEST if (folder / BEST).is_file() else folder / LAST
         if self._get(self.config_init, 'run').test_after_fit:
             path = str(best) if best.is_file() else None
-            self.trainer.test(model, datamodule=self.datamodule, ckpt_path=path, weights_only=True, verbose=False)
-            line = accuracy_line('test', self.trainer.callback_metrics)
-        if self.datamodule.skipped:
-            say(f'{self.datamodule.skipped} unreadable images were skipped')
+            self.trainer.test(model, datamodule=data, ckpt_path=path, weights_only=True, verbose=False)
+            line = model.headline('test', self.trainer.callback_metrics)
+        elif best.is_file() and hasattr(model, 'export'):
+            model.load_state_dict(read_checkpoint(best)['state_dict'])
+        exported = model.export(self.run_dir) if hasattr(model, 'export') else []
+        if data.skipped:
+            say(f'{data.skipped} unreadable {data.noun}s were skipped')
+        if getattr(data, 'dropped', 0):
+            say(f'{data.dropped} {data.noun}s were longer than data.max_length {data.max_length} and left out')
         if line:
             say(line)
         files = f'{CHECKPOINTS}/{BEST}, {CHECKPOINTS}/{LAST}, {CONFIG}, metrics.csv, tensorboard/'
         say(f'run:     {self.run_dir}/  ({files})')
         if line:
-            say(f'report:  {self.run_dir}/report/  (curves.png, confusion.png, mistakes.png, per_class.csv)')
-        images = f'{self.run_dir}/samples' if line else 'FILE_OR_FOLDER'
-        say(f'predict: {command("predict")} --ckpt_path {shlex.quote(str(best))} --images {shlex.quote(images)}')
+            say(f'report:  {self.run_dir}/report/  ({self._report_callback().files})')
+        if exported:
+            say('\n'.join(exported))
+        else:
+            images = f'{self.run_dir}/samples' if line else 'FILE_OR_FOLDER'
+            say(f'predict: {command("predict")} --ckpt_path {shlex.quote(str(best))} --images {shlex.quote(images)}')
 
     def _resume_command(self) -> str:
         return f'{command("fit")} --ckpt_path {shlex.quote(str(self.run_dir / CHECKPOINTS / LAST))}'
@@ -470,20 +484,11 @@ def command(verb: str) -> str:
     return f'{program()} {verb}'
 
 
-def accuracy_line(split: str, metrics: Any) -> str:
-    """The line that people look for."""
-    name = 'validation' if split == 'val' else split
-    line = f'{name} accuracy: {100 * float(metrics[f"{split}/top1"]):.2f} %'
-    return line
-
-
 def describe_run(model: LightningModule, folder: Path, checkpoint: Path | None) -> str:
     """What is about to be trained, in a line or two."""
-    net = getattr(model, 'net', model)
-    count = sum(p.numel() for p in net.parameters())
-    lines = [
-        f'training {getattr(model, "net_name", type(model).__name__)} ({count / 1e6:.2f} M parameters) in {folder}/'
-    ]
+    count = sum(p.numel() for p in (getattr(model, 'net', None) or model).parameters())
+    size = f' ({count / 1e6:.2f} M parameters)' if count else ''  # some are built when their data is known
+    lines = [f'training {getattr(model, "net_name", type(model).__name__)}{size} in {folder}/']
     if checkpoint:
         lines.append(f'resuming from {checkpoint}')
     return '\n'.join(lines)

@@ -33,6 +33,7 @@ COLOURS = {
 SHAPES = ('circle', 'square', 'triangle', 'diamond', 'plus', 'cross', 'ring', 'moon')
 TYPES = ('colour', 'count', 'position', 'relation')
 ROWS, COLUMNS = ('top', 'middle', 'bottom'), ('left', 'center', 'right')
+EMPTY = 'empty cell'
 RELATIONS = ('left', 'right', 'above', 'below')
 MOST = 4
 ANSWERS: dict[str, tuple[str, ...]] = {
@@ -44,7 +45,7 @@ ANSWERS: dict[str, tuple[str, ...]] = {
 _GRID, _OBJECTS = 3, 2 * MOST + 1
 _A, _B, _C = slice(0, MOST), slice(MOST, 2 * MOST), 2 * MOST
 _SIZES, _SHIFTS = 3, 5
-_PER_SCENE, _PER_TURN = 128, 3
+_PER_SCENE, _PER_TURN = 160, 3
 
 
 def chance() -> dict[str, float]:
@@ -69,6 +70,7 @@ class Scenes:
         spare_colour: int64 (B,), a colour that does not occur.
         spare_shape: int64 (B,), a shape that does not occur.
         held_out: Whether the first object of both groups is a held-out pair.
+        sparse: Whether some scenes have lost objects.
     """
 
     colour: np.ndarray
@@ -78,6 +80,7 @@ class Scenes:
     spare_colour: np.ndarray
     spare_shape: np.ndarray
     held_out: bool
+    sparse: bool
 
     def name(self, row: int, item: int) -> str:
         return f'{tuple(COLOURS)[self.colour[row, item]]} {SHAPES[self.shape[row, item]]}'
@@ -109,8 +112,14 @@ def _flags(chosen: np.ndarray, there: np.ndarray) -> np.ndarray:
     return marked
 
 
-def plan(draw: _Draws, held_out: bool) -> Scenes:
-    """Draws what is in a batch of scenes."""
+def plan(draw: _Draws, held_out: bool, limit: np.ndarray | None = None) -> Scenes:
+    """Draws what is in a batch of scenes.
+
+    Args:
+        draw: Random numbers.
+        held_out: Whether the first object of both groups is a held-out pair; otherwise no object is.
+        limit: Most objects of each scene, int (B,); half of the scenes lose some more, though never all.
+    """
     count, kinds = len(draw.numbers), np.arange(len(SHAPES))
     # added to random keys before they are sorted: the forbidden last, the diagonal first or last
     never, diagonal = 16.0, -4.0 if held_out else 4.0
@@ -134,6 +143,11 @@ def plan(draw: _Draws, held_out: bool) -> Scenes:
     colours = np.concatenate([group_colours, np.repeat(colour[:, None], MOST, 1), single_colour[:, None]], 1)
     shapes = np.concatenate([np.repeat(shape[:, None], MOST, 1), group_shapes, single_shape[:, None]], 1)
     there = np.concatenate([has_a, has_b, np.ones((count, 1), bool)], 1)
+    if limit is not None:
+        # what to look for is learned where there is little to see, long before crowded scenes teach anything
+        most = np.where(draw(1)[:, 0] < 0.5, 1 + (draw(1)[:, 0] * limit).astype(np.int64), limit)
+        keys = np.where(there, draw(_OBJECTS), 2)
+        there &= np.argsort(np.argsort(keys, 1), 1) < most[:, None]
     return Scenes(
         colour=colours,
         shape=shapes,
@@ -142,6 +156,7 @@ def plan(draw: _Draws, held_out: bool) -> Scenes:
         spare_colour=np.argmin(draw(8) + never * used_colours, 1),
         spare_shape=np.argmin(draw(8) + never * used_shapes, 1),
         held_out=held_out,
+        sparse=limit is not None,
     )
 
 
@@ -227,27 +242,26 @@ def noise_bank() -> np.ndarray:
 # questions
 
 
-def _any_object(scenes: Scenes, row: int, number: float) -> int:
-    """An object to ask about: with held-out scenes one of the two held-out ones."""
-    if scenes.held_out:
-        return 0 if number < 0.5 else MOST
-    present = np.flatnonzero(scenes.there[row])
-    return int(present[int(number * len(present))])
+def _pick(among: np.ndarray, number: float) -> int:
+    return int(among[int(number * len(among))])
 
 
-def _colour(scenes: Scenes, row: int, numbers: np.ndarray) -> tuple[str, str]:
-    # objects whose shape occurs once: the group of one colour, the single, and the first group if it is one object
+def _colour(scenes: Scenes, row: int, numbers: np.ndarray) -> tuple[str, str] | None:
+    """About an object whose shape occurs once; None where there is none."""
     if scenes.held_out:
-        item = MOST
+        item = MOST  # the first object of the group of one colour
     else:
-        unique = np.flatnonzero(scenes.there[row, MOST:]) + MOST
-        if not scenes.there[row, 1]:
-            unique = np.append(unique, 0)
-        item = int(unique[int(numbers[0] * len(unique))])
+        present = np.flatnonzero(scenes.there[row])
+        shapes = scenes.shape[row, present]
+        unique = present[np.bincount(shapes, minlength=len(SHAPES))[shapes] == 1]
+        if not len(unique):
+            return None
+        item = _pick(unique, numbers[0])
     return f'colour of {SHAPES[scenes.shape[row, item]]}', tuple(COLOURS)[scenes.colour[row, item]]
 
 
 def _count(scenes: Scenes, row: int, numbers: np.ndarray) -> tuple[str, str]:
+    """About one of the groups, or about what does not occur."""
     none, by_shape = numbers[0] < 1 / (MOST + 1), numbers[1] < 0.5
     group, spare = (0, scenes.spare_shape) if by_shape else (MOST, scenes.spare_colour)
     values = scenes.shape if by_shape else scenes.colour
@@ -256,19 +270,24 @@ def _count(scenes: Scenes, row: int, numbers: np.ndarray) -> tuple[str, str]:
     return f'count of {word}', str(0 if none else int(scenes.there[row, group : group + MOST].sum()))
 
 
+def _target(scenes: Scenes, row: int, number: float) -> int:
+    """An object to ask about: in held-out scenes one of the two held-out ones."""
+    return _pick(np.array([0, MOST]) if scenes.held_out else np.flatnonzero(scenes.there[row]), number)
+
+
 def _position(scenes: Scenes, row: int, numbers: np.ndarray) -> tuple[str, str]:
-    item = _any_object(scenes, row, numbers[0])
+    item = _target(scenes, row, numbers[0])
     return f'place of {scenes.name(row, item)}', ANSWERS['position'][scenes.cell[row, item]]
 
 
 def _relation(scenes: Scenes, row: int, numbers: np.ndarray) -> tuple[str, str] | None:
     """None where no other object stands clearly in one direction: as far sideways as up or down is neither."""
-    item, cell = _any_object(scenes, row, numbers[0]), scenes.cell[row]
+    item, cell = _target(scenes, row, numbers[0]), scenes.cell[row]
     down, right = cell // _GRID - cell[item] // _GRID, cell % _GRID - cell[item] % _GRID
     clear = np.flatnonzero(scenes.there[row] & (abs(down) != abs(right)))
     if not len(clear):
         return None
-    other = int(clear[int(numbers[1] * len(clear))])
+    other = _pick(clear, numbers[1])
     y, x = -down[other], -right[other]  # of the item, seen from the other
     if numbers[2] < 0.5:
         item, other, y, x = other, item, -y, -x
@@ -277,6 +296,32 @@ def _relation(scenes: Scenes, row: int, numbers: np.ndarray) -> tuple[str, str] 
 
 
 _ASK = {'colour': _colour, 'count': _count, 'position': _position, 'relation': _relation}
+
+
+def _ask_all(scenes: Scenes, row: int, kinds: list[str], details: np.ndarray) -> list[tuple[str, str, str]] | None:
+    """A turn of each type; where the scene has none, in sparse scenes a position, else None for the whole scene."""
+    turns = []
+    for kind, numbers in zip(kinds, details):
+        turn = _ASK[kind](scenes, row, numbers)
+        if turn is None and scenes.sparse:
+            kind, turn = 'position', _position(scenes, row, numbers)
+        if turn is None:
+            return None
+        turns.append((kind, *turn))
+    return turns
+
+
+def _describe(scenes: Scenes, row: int, order: np.ndarray) -> tuple[str, str, str]:
+    """Everything at once: what is in each cell in reading order, or where each object is in a random order."""
+    present = np.flatnonzero(scenes.there[row])
+    if order[0] < order[1]:
+        cells = [EMPTY] * _GRID**2
+        for item in present:
+            cells[scenes.cell[row, item]] = scenes.name(row, item)
+        return 'what', 'what', ' '.join(cells)
+    mixed = present[np.argsort(order[present])]
+    places = [f'{scenes.name(row, i)} {ANSWERS["position"][scenes.cell[row, i]]}' for i in mixed]
+    return 'where', 'where', ' '.join(places)
 
 
 @dataclass
@@ -292,7 +337,15 @@ class Questions:
     turns: list[list[tuple[str, str, str]]]
 
 
-def draw_batch(seed: int, epochs: list[int], indices: list[int], turns: int, held_out: bool, size: int) -> Questions:
+def draw_batch(
+    seed: int,
+    epochs: list[int],
+    indices: list[int],
+    turns: int,
+    size: int,
+    held_out: bool = False,
+    ramp: int | None = None,
+) -> Questions:
     """Images with questions, a function of (seed, epoch, index) each.
 
     Args:
@@ -301,36 +354,31 @@ def draw_batch(seed: int, epochs: list[int], indices: list[int], turns: int, hel
         indices: Index of each image.
         turns: Questions about each image. Their types go round in an order drawn for each image; a single question is
             of type index modulo 4.
-        held_out: Whether to draw held-out scenes and ask about their held-out objects.
         size: Height and width of the images, a multiple of 3.
+        held_out: Whether to draw held-out scenes and ask about their held-out objects.
+        ramp: Epochs over which scenes grow from two objects to all, half of them being sparse even then, and with a turn
+            that asks for everything, behind the questions so that it gives nothing away. None for full scenes.
     """
     count = len(indices)
     pixels = np.empty((count, size, size, 3), np.uint8)
     asked: list[Any] = [None] * count
     pending, attempt = np.arange(count), 0
     keys = torch.tensor(epochs), torch.tensor(indices)
+    limits = 2 + np.minimum((_OBJECTS - 2) * np.array(epochs) // max(ramp or 0, 1), _OBJECTS - 2)
     while len(pending):
         # a scene on which a question cannot be asked is drawn anew, which is rare
         where = torch.from_numpy(pending)
-        need = _PER_SCENE + turns * _PER_TURN + len(TYPES)
-        numbers = keyed_uniform(derive_seed(seed, attempt), keys[0][where], keys[1][where], need)
-        draw = _Draws(numbers.numpy())
-        scenes = plan(draw, held_out)
+        need = _PER_SCENE + turns * _PER_TURN
+        draw = _Draws(keyed_uniform(derive_seed(seed, attempt), keys[0][where], keys[1][where], need).numpy())
+        scenes = plan(draw, held_out, None if ramp is None else limits[pending])
         pixels[pending] = paint(scenes, draw, noise_bank(), size)
-        orders, details = np.argsort(draw(len(TYPES)), 1), draw(turns * _PER_TURN).reshape(-1, turns, _PER_TURN)
+        orders, mixed = np.argsort(draw(len(TYPES)), 1), draw(_OBJECTS)
+        details = draw(turns * _PER_TURN).reshape(-1, turns, _PER_TURN)
         for row, place in enumerate(pending):
             order = orders[row] if turns > 1 else [indices[place] % len(TYPES)]
             asked[place] = _ask_all(scenes, row, [TYPES[order[t % len(order)]] for t in range(turns)], details[row])
+            if ramp is not None and asked[place] is not None:
+                asked[place].append(_describe(scenes, row, mixed[row]))
         pending = np.array([place for place in pending if asked[place] is None], int)
         attempt += 1
     return Questions(pixels, asked)
-
-
-def _ask_all(scenes: Scenes, row: int, kinds: list[str], details: np.ndarray) -> list[tuple[str, str, str]] | None:
-    turns = []
-    for kind, numbers in zip(kinds, details):
-        turn = _ASK[kind](scenes, row, numbers)
-        if turn is None:
-            return None
-        turns.append((kind, *turn))
-    return turns

@@ -9,7 +9,8 @@ Four types of questions, with short answers that are equally frequent within a t
 
 Eight pairs of colour and shape (held_out_pairs) never occur in training. Every validation and test image holds two
 objects of such pairs, and its one question is about them. Training images carry several questions, which are new in
-every epoch. Batches are described in `zoo.data.chat`.
+every epoch. With `ramp`, they begin with two objects and get fuller, and behind the questions comes `what`, answered by
+two words for each cell, or `where`, answered by the place of every object: a small model learns to see sooner. Batches are described in `zoo.data.chat`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from zoo.errors import ZooError
 __all__ = ['Shapes', 'held_out_pairs']
 
 _SPLITS = ('train', 'val', 'test')
-_ASKING = ('colour', 'count', 'place', 'of', 'from')
+_ASKING = ('colour', 'count', 'place', 'of', 'from', 'what', 'where', *_scenes.EMPTY.split())
 
 
 def vocabulary() -> list[str]:
@@ -44,10 +45,11 @@ class _Drawn:
         turns: Questions about each image.
         size: Height and width of the images.
         seed: Of the whole set.
+        ramp: See Shapes.
     """
 
-    def __init__(self, split: str, count: int, turns: int, size: int, seed: int) -> None:
-        self.split, self.count, self.turns, self.size = split, count, turns, size
+    def __init__(self, split: str, count: int, turns: int, size: int, seed: int, ramp: int | None = None) -> None:
+        self.split, self.count, self.turns, self.size, self.ramp = split, count, turns, size, ramp
         self.seed = derive_seed(seed, _SPLITS.index(split))
 
     def __len__(self) -> int:
@@ -59,7 +61,9 @@ class _Drawn:
     def load_many(self, keys: list[tuple[int, int]]) -> list[Sample | Exception]:
         training = self.split == 'train'
         epochs, indices = [epoch if training else 0 for epoch, _ in keys], [index for _, index in keys]
-        drawn = _scenes.draw_batch(self.seed, epochs, indices, self.turns, held_out=not training, size=self.size)
+        drawn = _scenes.draw_batch(
+            self.seed, epochs, indices, self.turns, self.size, held_out=not training, ramp=self.ramp
+        )
         return [
             Sample(
                 turns=[(f'<image>{q}' if not n else q, a) for n, (_, q, a) in enumerate(turns)],
@@ -78,6 +82,8 @@ class Shapes(ChatData):
         size: Height and width of the images in pixels, a multiple of 3 and of patch_size.
         patch_size: Side of what one image token stands for, as in the model's vision tower.
         turns: Questions about each training image.
+        ramp: Epochs over which training images grow from two objects to all; half of them are sparse even then, and
+            a last turn asks for everything. Null trains on full images and questions alone.
         train_images: Images of an epoch; every epoch draws new ones.
         val_images: Images (each with one question) in validation, the same in every run of one seed.
         test_images: The same for test.
@@ -90,6 +96,7 @@ class Shapes(ChatData):
         size: int = 48,
         patch_size: int = 12,
         turns: int = 8,
+        ramp: int | None = 4,
         train_images: int = 6400,
         val_images: int = 1024,
         test_images: int = 4096,
@@ -101,14 +108,13 @@ class Shapes(ChatData):
             raise ZooError(f'data.size {size} must be a multiple of 3 and of data.patch_size {patch_size}')
         if min(turns, train_images, val_images, test_images) < 1:
             raise ZooError('data.turns, train_images, val_images and test_images must be positive')
-        self.size, self.patch_size, self.turns, self.seed = size, patch_size, turns, seed
+        self.size, self.patch_size, self.turns, self.ramp, self.seed = size, patch_size, turns, ramp, seed
         self.counts = {'train': train_images, 'val': val_images, 'test': test_images}
 
     def open_splits(self) -> None:
-        self.splits = {
-            split: _Drawn(split, count, self.turns if split == 'train' else 1, self.size, self.seed)
-            for split, count in self.counts.items()
-        }
+        self.splits = {'train': _Drawn('train', self.counts['train'], self.turns, self.size, self.seed, self.ramp)}
+        for split in ('val', 'test'):
+            self.splits[split] = _Drawn(split, self.counts[split], 1, self.size, self.seed)
 
     def build_processor(self) -> Any:
         return word_processor(vocabulary(), self.size, self.patch_size)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from zoo.tasks._distill_report import Measured
+from zoo.tasks.vlm import generate_answers
 
 
 @dataclass
@@ -45,22 +46,6 @@ def moved(inputs: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.
     return {k: v.to(like.device, like.dtype if v.is_floating_point() else None) for k, v in inputs.items()}
 
 
-@torch.no_grad()
-def answers(model: nn.Module, prompts: dict[str, torch.Tensor], tokenizer: Any, new_tokens: int) -> list[str]:
-    """Greedy answers to left-padded prompts, as text."""
-    end = model.generation_config.eos_token_id
-    out = model.generate(
-        **moved(prompts, model),
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        pad_token_id=tokenizer.pad_token_id or 0,
-        eos_token_id=tokenizer.eos_token_id if end is None else end,
-    )
-    return [
-        t.strip() for t in tokenizer.batch_decode(out[:, prompts['input_ids'].shape[1] :], skip_special_tokens=True)
-    ]
-
-
 def exact_match(
     model: nn.Module, batches: Iterable[dict[str, Any]], tokenizer: Any, settings: Report, limit: int | None
 ) -> tuple[dict[str, int], dict[str, int]]:
@@ -78,7 +63,7 @@ def exact_match(
     for batch in batches:
         if not batch['name']:
             continue
-        found = answers(model, batch['prompts'], tokenizer, settings.new_tokens)
+        found = generate_answers(model, moved(batch['prompts'], model), tokenizer, settings.new_tokens)
         for said, truth, kind in zip(found, flat(batch['answer']), flat(batch['question_type'])):
             if limit is not None and sum(asked.values()) >= limit:
                 return {k: right[k] for k in asked}, dict(asked)

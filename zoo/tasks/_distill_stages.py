@@ -18,6 +18,7 @@ from torch import nn
 
 from zoo.errors import ZooError
 from zoo.tasks.optim import Optim, as_dataclass
+from zoo.tasks.vlm import Lora
 
 STAGES = 'stages'  # folder of hand-over files in a run folder
 _FOLDERS = (STAGES, 'checkpoints', 'report', 'tensorboard')
@@ -58,23 +59,6 @@ class Wsd:
 
 
 @dataclass
-class Lora:
-    """Low-rank adapters (peft) beside linear layers of the student, merged into the weights at the end.
-
-    Args:
-        r: Rank.
-        alpha: Adapters are scaled by alpha / r.
-        dropout: Dropout in front of them.
-        targets: Endings of the names of the linear layers, or a regular expression of whole names.
-    """
-
-    r: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.0
-    targets: str | list[str] = field(default_factory=lambda: ['q_proj', 'k_proj', 'v_proj', 'o_proj'])
-
-
-@dataclass
 class Stage:
     """One stage.
 
@@ -96,7 +80,7 @@ class Stage:
             lets the gradient grow with the length (published).
         kl_weight: Factor of the KL of a logits stage.
         ce_weight: Factor of the labels' cross-entropy of a logits stage.
-        lora: Adapters of a logits stage; trained where `train` lists lora.
+        lora: Adapters of a logits stage, merged into the student's weights at the end; trained where `train` lists lora.
     """
 
     name: str

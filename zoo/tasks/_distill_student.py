@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from zoo.errors import ZooError
-from zoo.tasks._distill_stages import Lora, Stage, set_trainable
+from zoo.tasks._distill_stages import Stage, set_trainable
+from zoo.tasks.vlm import Lora
 
 _STUDENT_FILES = '*.safetensors', 'config.json', 'generation_config.json', 'model.safetensors.index.json'
 
@@ -99,6 +100,8 @@ def attach_lora(model: nn.Module, lora: Lora) -> None:
         inject_adapter_in_model(config, model)
     except ValueError as error:
         raise ZooError(f'lora.targets {lora.targets}: {error}') from error
+    if '.lora_' in ' '.join(name for name, _ in model.get_output_embeddings().named_parameters(prefix='.')):
+        raise ZooError('lora.targets takes in the output embeddings, which stay frozen: name the layers instead')
 
 
 def merge_lora(model: nn.Module) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import timm
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from timm.data.mixup import Mixup
 from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
@@ -19,6 +20,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from zoo.data.seeding import run_seed, seed_all
 from zoo.errors import RunError, ZooError
+from zoo.report import TestReport
 from zoo.tasks.distill import Distill, Teacher
 from zoo.tasks.nonfinite import first_nonfinite
 from zoo.tasks.optim import Optim, Schedule, UpdateSchedule, as_dataclass, as_plain, build_optimizer, lr_factor
@@ -158,6 +160,31 @@ class Classify(LightningModule):
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
         images, _ = self._unpack(batch)
         return self(images).float().softmax(-1) if len(images) else images.new_zeros(0, self.num_classes)
+
+    # what runs ask
+
+    accuracy_curves = (
+        'Top-1 accuracy',
+        {
+            'train/top1': 'training, augmented',
+            'val/top1': 'validation',
+            'val/raw_top1': 'validation, without averaging',
+        },
+    )
+
+    def headline(self, split: str, metrics: Any) -> str:
+        """The line that people look for."""
+        name = 'validation' if split == 'val' else split
+        return f'{name} accuracy: {100 * float(metrics[f"{split}/top1"]):.2f} %'
+
+    def report_callback(self, folder: Path, samples: Path | None) -> Callback:
+        """What writes the report of a test.
+
+        Args:
+            folder: Where it goes.
+            samples: Where to leave images to try `predict` on, if anywhere.
+        """
+        return TestReport(folder, samples)
 
     # training
 

@@ -31,6 +31,7 @@ class EpochLine(Callback):
             ('train/loss_epoch', 'train loss', '{:.4f}'),
             ('val/loss', 'val loss', '{:.4f}'),
             ('val/top1', 'val accuracy', '{:.2%}'),
+            ('val/exact', 'val exact match', '{:.2%}'),
         ):
             if key in metrics:
                 parts.append(f'{label} {form.format(float(metrics[key])).replace("%", " %")}')
