@@ -425,6 +425,44 @@ def test_wrong_teachers(teacher, tmp_path, capsys):
     assert not (tmp_path / 'run' / 'stages').exists()
 
 
+def test_teacher_is_trained_first_and_once(tmp_path, capfd):
+    layers = {'num_hidden_layers': 2, 'num_attention_heads': 2, 'hidden_size': 16, 'intermediate_size': 16}
+    vision = {
+        'model_type': 'siglip_vision_model',
+        'image_size': 48,
+        'patch_size': 12,
+        'vision_use_head': False,
+        **layers,
+    }
+    net = {'model_type': 'llava', 'vision_feature_layer': -1, 'vision_feature_select_strategy': 'full'}
+    net |= {'image_seq_length': 16, 'vision_config': vision, 'text_config': {'model_type': 'llama', **layers}}
+    recipe = {
+        'model': {'class_path': 'zoo.tasks.FinetuneVLM', 'init_args': {'net': net}},
+        'data': {'class_path': 'zoo.data.Shapes', 'init_args': DATA},
+        'trainer': {'max_epochs': 5, 'accelerator': 'cpu'},
+        'run': {'monitor': 'val/exact', 'threads': 1},
+    }
+    path = tmp_path / 'tiny_teacher.yaml'
+    path.write_text(yaml.safe_dump(recipe))
+    stages = [{**STAGES[0], 'max_steps': 1, 'wsd': {}}]
+    shorter = ['--trainer.max_epochs=1', '--run.test_after_fit=false']
+    args = [*arguments(tmp_path, path, stages=stages, teacher_arguments=shorter), '--trainer.limit_val_batches=0']
+    assert main(args) == 0
+    assert 'training the teacher first' in capfd.readouterr().out
+    assert read_checkpoint(tmp_path / 'tiny_teacher' / 'checkpoints' / 'last.ckpt')['global_step'] == 5
+    assert (tmp_path / 'run' / 'stages' / 'new.safetensors').is_file()
+    assert main(args) == 0
+    out = capfd.readouterr().out
+    assert 'training the teacher first' not in out and f'teacher: {tmp_path / "tiny_teacher" / "model"}/' in out
+    assert (tmp_path / 'run-2' / 'stages' / 'new.safetensors').is_file()
+
+
+def test_teacher_that_cannot_be_trained(tmp_path, capfd):
+    (tmp_path / 'broken.yaml').write_text('model: {class_path: zoo.tasks.FinetuneVLM}')
+    assert main(arguments(tmp_path, tmp_path / 'broken.yaml')) == 1
+    assert 'training the teacher failed (exit code 2)' in capfd.readouterr().err
+
+
 def test_tokenizer_of_another_teacher(tmp_path, capsys):
     from zoo.data._words import word_processor
 
