@@ -356,8 +356,8 @@ def draw_batch(
             of type index modulo 4.
         size: Height and width of the images, a multiple of 3.
         held_out: Whether to draw held-out scenes and ask about their held-out objects.
-        ramp: Epochs over which scenes grow from two objects to all, half of them being sparse even then, and with a turn
-            that asks for everything, behind the questions so that it gives nothing away. None for full scenes.
+        ramp: Epochs over which scenes grow from two objects to all, half of them being sparse even then, and have a
+            turn that asks for everything, behind the questions so that it gives nothing away. None for full scenes.
     """
     count = len(indices)
     pixels = np.empty((count, size, size, 3), np.uint8)

@@ -9,8 +9,9 @@ Four types of questions, with short answers that are equally frequent within a t
 
 Eight pairs of colour and shape (held_out_pairs) never occur in training. Every validation and test image holds two
 objects of such pairs, and its one question is about them. Training images carry several questions, which are new in
-every epoch. With `ramp`, they begin with two objects and get fuller, and behind the questions comes `what`, answered by
-two words for each cell, or `where`, answered by the place of every object: a small model learns to see sooner. Batches are described in `zoo.data.chat`.
+every epoch. With `ramp` they begin with two objects and get fuller, and behind the questions comes `what`, answered by
+two words for each cell, or `where`, answered by the place of every object: a small model learns to see sooner.
+Batches are described in `zoo.data.chat`.
 """
 
 from __future__ import annotations
