@@ -2,6 +2,8 @@
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -479,6 +481,17 @@ def test_softmax_layer_that_is_not_there(teacher, tmp_path, capsys):
     assert 'keeps softmax in layers [4]; the teacher has 0 to 3' in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_two_processes(teacher, tmp_path):
+    """DistributedDataParallel is made anew for the parameters of each stage."""
+    args = arguments(tmp_path, teacher)[1:]
+    args += ['--trainer.devices=2', '--trainer.strategy=ddp', '--data.train_images=40', '--run.test_after_fit=false']
+    done = subprocess.run([sys.executable, '-m', 'zoo', 'fit', *args], capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    assert {p.stem for p in (tmp_path / 'run' / 'stages').iterdir()} == {s['name'] for s in STAGES}
+    assert done.stdout.count('at its start') == len(STAGES), 'a table is printed by more than one process'
+
+
 def test_accumulation_of_a_stage(teacher, tmp_path):
     stages = [{**STAGES[0], 'accumulate': 2}, {**STAGES[1], 'accumulate': 1}]
     args = [*arguments(tmp_path, teacher, stages=stages), '--run.test_after_fit=false']
@@ -572,25 +585,41 @@ def shrunk(path, stages):
     return few
 
 
-@pytest.mark.parametrize('path', [p for p in RECIPES if 'teacher' not in p.stem], ids=lambda p: p.stem)
+TOGETHER = [
+    pytest.param(p, marks=[pytest.mark.slow] * (p.stem == 'cifar10')) for p in RECIPES if 'teacher' not in p.stem
+]
+
+
+@pytest.mark.parametrize('path', TOGETHER, ids=lambda p: p.stem)
 def test_recipe_goes_through_its_stages(path, teacher, tmp_path, monkeypatch, capsys):
+    from test_configs import parquet
     from vlm_folders import tiny_llava
 
     monkeypatch.chdir(tmp_path)
-    init = yaml.safe_load(path.read_text())
-    data, init = init['data'], init['model']['init_args']
+    config = yaml.safe_load(path.read_text())
+    data, init = config['data'], config['model']['init_args']
     args = [f'--model.stages={json.dumps(shrunk(path, init["stages"]))}', '--trainer.precision=32-true']
     args += ['--trainer.accelerator=cpu', '--trainer.devices=1', '--trainer.strategy=auto', '--data.num_workers=0']
     args += ['--run.test_after_fit=false', '--trainer.limit_val_batches=1', '--data.batch_size=2']
     if data['class_path'] == 'zoo.data.Shapes':
         args += [f'--model.teacher={teacher}', '--data.patch_size=12']
+    elif data['class_path'] == 'zoo.data.ImageQuestions':  # with its teacher
+        images = [
+            f'--data.images.path={parquet(tmp_path / "data", 10)}',
+            f'--data.images.cache_dir={tmp_path / "cache"}',
+        ]
+        images += ['--data.images.num_workers=0']
+        first = [*images, '--data.num_workers=0', '--data.batch_size=2', '--trainer.max_epochs=1']
+        first += ['--trainer.precision=32-true', '--trainer.limit_train_batches=1', '--run.test_after_fit=false']
+        recipe = CONFIGS / 'distill_vlm' / 'teacher_cifar10.yaml'
+        args += [*images, f'--model.teacher={recipe}', f'--model.teacher_arguments={json.dumps(first)}']
     else:
         folder = tmp_path / 'teacher'
         tiny_hovle(folder) if 'HoVLE' in init['teacher'] else tiny_llava(folder)
         args += [f'--model.teacher={folder}', f'--data.processor={folder}', f'--data.train={conversations(tmp_path)}']
         args += ['--data.val_fraction=0.25']
     assert main(['fit', f'--config={path}', *args]) == 0, capsys.readouterr().err
-    run = tmp_path / 'runs' / path.stem
+    run = tmp_path / 'runs' / config['run']['name']
     for stage in init['stages']:
         assert (run / 'stages' / f'{stage["name"]}.safetensors').is_file()
         assert (run / stage['name'] / 'config.json').is_file() == (stage['loss'] == 'logits')
