@@ -80,7 +80,7 @@ class Stage:
             lets the gradient grow with the length (published).
         kl_weight: Factor of the KL of a logits stage.
         ce_weight: Factor of the labels' cross-entropy of a logits stage.
-        lora: Adapters of a logits stage, merged into the student's weights at the end; trained where `train` lists lora.
+        lora: Adapters of a logits stage, which go into the student's weights at the end; `train` lists lora then.
     """
 
     name: str
