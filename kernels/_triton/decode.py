@@ -110,11 +110,15 @@ def linear_kernel(
             past = conv_state + (b * CONV + out) * W
             tap = tl.load(conv_weight + out * W + W - 1, mask=ok, other=0.0)
             value = raw.to(tl.float32) * tap.to(tl.float32)
+            columns = ()
             for i in tl.static_range(W - 1):
-                column = tl.load(past + i + 1, mask=ok, other=0.0)
-                tl.store(past + i, column, mask=ok)
+                columns = columns + (tl.load(past + i + 1, mask=ok, other=0.0),)
                 tap = tl.load(conv_weight + out * W + i, mask=ok, other=0.0)
-                value += column.to(tl.float32) * tap.to(tl.float32)
+                value += columns[i].to(tl.float32) * tap.to(tl.float32)
+            # several warps hold the same few channels, and one of them stores: not before all have read
+            tl.debug_barrier()
+            for i in tl.static_range(W - 1):
+                tl.store(past + i, columns[i], mask=ok)
             tl.store(past + W - 1, raw, mask=ok)
             if conv_bias is not None:
                 value += tl.load(conv_bias + out, mask=ok, other=0.0).to(tl.float32)
@@ -153,6 +157,7 @@ def mamba2_step_kernel(
     if a_log is not None:
         rate = tl.exp(tl.load(a_log + h).to(tl.float32))
     s = s * tl.exp2(-step * rate * LOG2E) + (step * v)[:, None] * k[None, :]
+    tl.debug_barrier()  # a small state is held by several threads each: all have read before one of them stores
     tl.store(spot, s, mask=ok)
     out = tl.sum(s * q[None, :], 1)
     if d is not None:

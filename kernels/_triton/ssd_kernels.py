@@ -363,6 +363,7 @@ def ssd_kernel_step(
     ok = ok_p[:, None] & ok_n[None, :]
     spot = ((b * H + h) * P + rows[:, None]) * N + nn[None, :]
     new = tl.load(state + spot, mask=ok, other=0.0) * decay + (step * xs)[:, None] * bs[None, :]
+    tl.debug_barrier()  # in place, a small state is held by several threads each: all have read before one stores
     tl.store(out + spot, new, mask=ok)
     o = tl.sum(new * cs[None, :], 1)
     if HAS_D:

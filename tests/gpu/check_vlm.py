@@ -25,6 +25,17 @@ from zoo.tools._timing import graph_ms
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 PRODUCTS = [(2048, 2048), (8192, 2048), (2048, 8192), (4096, 2048), (92553, 2048), (17, 896), (151, 1040)]
 
+LAYERS = [  # batch, heads, key-value heads, d, hidden size, window, biases
+    (1, 16, 8, 128, 2048, 2, False),
+    (2, 16, 8, 128, 2048, 2, False),
+    (3, 6, 2, 64, 896, 4, True),
+    (1, 6, 2, 64, 896, 4, True),
+    (2, 4, 4, 40, 160, 2, True),
+    (4, 4, 2, 16, 64, 3, True),  # states so small that several threads hold each element
+    (8, 16, 8, 128, 2048, 2, False),
+    (17, 6, 2, 64, 896, 4, True),
+]
+
 
 def draw(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(*shape, device=DEVICE).to(dtype)
@@ -79,7 +90,7 @@ def _differentiable(say, dtype: torch.dtype) -> int:
 def _products(say, dtype: torch.dtype) -> int:
     limit, bad, worst = LIMITS[dtype][0], 0, 0.0
     for outputs, inputs in PRODUCTS:
-        for rows in (1, 3):
+        for rows in (1, 2, 3, 8, 17) if outputs < 5000 else (1, 3):
             x, w, w3 = (
                 draw(rows, inputs, dtype=dtype),
                 draw(outputs, inputs, dtype=dtype),
@@ -105,8 +116,7 @@ def _products(say, dtype: torch.dtype) -> int:
 def _layer(say, dtype: torch.dtype) -> int:
     """The two launches of mmMamba's layer and attention over a buffer."""
     limit, bad, worst = LIMITS[dtype][0] * 2, 0, {}
-    for batch, heads, kv, dim, hidden, width, biased in [(1, 16, 8, 128, 2048, 2, False), (3, 6, 2, 64, 896, 4, True),
-                                                         (2, 4, 4, 40, 160, 2, True)]:  # fmt: skip
+    for batch, heads, kv, dim, hidden, width, biased in LAYERS:
         sizes = [kv * dim, kv * dim, heads * dim, heads * dim, heads]
         channels = sum(sizes[:3])
         weights = [draw(n, hidden, dtype=dtype) * hidden**-0.5 for n in sizes]
@@ -127,7 +137,11 @@ def _layer(say, dtype: torch.dtype) -> int:
             expected = run(lambda t: t.double())
         with zoo.kernel_backend('triton'):
             good, errors = verdict(run, expected, limit, (dtype, 'layer', batch, heads, kv, dim))
-        bad += not good
+            first = run()  # a race shows itself once in a while
+            differs = [n for _ in range(30) for n, t in run().items() if not torch.equal(t, first[n])]
+        if differs:
+            print('BAD', dtype, 'layer', batch, heads, kv, dim, 'differs from run to run', set(differs), flush=True)
+        bad += not good or bool(differs)
         worst['layer'] = max(worst.get('layer', 0.0), *errors.values())
     for batch, heads, kv, dim, length, capacity in [(1, 16, 8, 128, 103000, 103168), (1, 16, 16, 64, 1, 256),
                                                     (3, 6, 2, 80, 777, 1024)]:  # fmt: skip
@@ -167,7 +181,9 @@ def _model(kind: str, dtype: torch.dtype):
         parameter.data.add_(
             0.5 * torch.randn_like(parameter) / (parameter[0].numel() ** 0.5 if parameter.ndim > 1 else 5)
         )
-    return model.to(DEVICE, dtype)
+    for parameter in model.parameters():  # as `from_pretrained` does: rotary frequencies stay in fp32
+        parameter.data = parameter.data.to(dtype)
+    return model.to(DEVICE)
 
 
 def _generate(say, dtype: torch.dtype) -> int:
@@ -247,8 +263,8 @@ def _logits(say, model, kind: str, dtype: torch.dtype, ids: Tensor) -> int:
         wide = type(model)(model.config).to(DEVICE).double().eval()
         wide.load_state_dict(model.state_dict())
         expected = wide(input_ids=out).logits[0, ids.shape[1] : -1].double()
-    got = torch.cat(seen)[: len(expected)].double()
-    error = ((got - expected).norm() / expected.norm()).item()
+    got = torch.cat(seen).double()
+    error = ((got - expected).norm() / expected.norm()).item() if got.shape == expected.shape else float('inf')
     good = error < {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}[dtype]
     if not good:
         print('BAD', dtype, kind, 'logits', error, flush=True)

@@ -275,19 +275,21 @@ class Step:
 
     def __call__(self, capture: bool = True) -> None:
         """Compute the next logits, and tokens where they are chosen inside: once as it is, then captured."""
+        if capture and self.graph is None and self.failure is None and self.logits is not None:
+            self._capture()
         if self.graph is not None:
             self.graph.replay()
-        elif not capture or self.failure is not None or self.logits is None:
-            self._prepared(self._once)
         else:
-            counters = [(s, s.cumulative_length) for s in self.cache.layers if isinstance(s, LinearStateLayer)]
-            graph = torch.cuda.CUDAGraph()
-            try:
-                with torch.cuda.graph(graph):
-                    self._prepared(self._once)
-                self.graph = graph
-            except RuntimeError as error:
-                self.failure = str(error).strip().splitlines()[0]
-            for slot, count in counters:  # a capture runs the host's code, not the device's
-                slot.cumulative_length = count
-            self(capture)
+            self._prepared(self._once)
+
+    def _capture(self) -> None:
+        counters = [(s, s.cumulative_length) for s in self.cache.layers if isinstance(s, LinearStateLayer)]
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self._prepared(self._once)
+            self.graph = graph
+        except RuntimeError as error:
+            self.failure = str(error).strip().splitlines()[0]
+        for slot, count in counters:  # a capture runs the host's code, not the device's
+            slot.cumulative_length = count
