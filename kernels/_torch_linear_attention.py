@@ -81,7 +81,8 @@ def _modulated(r: Tensor, lepe: Tensor | None, gate: Tensor | None) -> Tensor:
 
 def rank_augmented_fwd(q, k, v, lepe, gate, height: int, width: int, eps: float) -> tuple[Tensor, ...]:
     """y (B, T, H, D), then in fp32 what the backward pass needs: sum of w k v^T with rotated k (B, H, D, D), sum of w k
-    (B, H, D), mean of q (B, H, D) and the log normaliser of w (B, H); w are the softmax weights of the tokens.
+    (B, H, D), mean of q (B, H, D) and the log normaliser of w (B, H); w are the softmax weights of the tokens. The last
+    is (2, max(height, width), D / 4), where the kernels keep cosines and sines: zeros here.
     """
     with torch.autocast(q.device.type, enabled=False):
         qs, ks, vs = _positive(q), _positive(k), _heads_first(v)
@@ -94,14 +95,15 @@ def rank_augmented_fwd(q, k, v, lepe, gate, height: int, width: int, eps: float)
         key, kv = weighted.sum(2), _outer(rotate(weighted), vs)
         r = (rotate(qs) @ kv) / (qs @ key.unsqueeze(-1) + eps)
         y = _modulated(r.transpose(1, 2), lepe, gate).to(v.dtype).contiguous()
-        return y, kv, key, qbar, norm.flatten(1)
+        unused = qs.new_zeros((2, torch.sym_max(height, width), q.shape[-1] // 4))
+        return y, kv, key, qbar, norm.flatten(1), unused
 
 
-def rank_augmented_bwd(q, k, v, lepe, gate, kv, key, qbar, norm, dy, height: int, width: int, eps: float):
-    """Gradients dq, dk, dv, dlepe (or None), dgate (or None); `kv` to `norm` are those of the forward pass."""
+def rank_augmented_bwd(q, k, v, lepe, gate, kv, key, qbar, norm, unused, dy, width: int, eps: float):
+    """Gradients dq, dk, dv, dlepe (or None), dgate (or None); `kv` to `unused` are those of the forward pass."""
     with torch.autocast(q.device.type, enabled=False):
         qs, ks, vs = _positive(q), _positive(k), _heads_first(v)
-        rotate = _rotation(height, width, qs)
+        rotate = _rotation(q.shape[1] // width, width, qs)
         scale, row = q.shape[-1] ** -0.5, lambda x: x.unsqueeze(-2)
         turned_q = rotate(qs)
         inverse = (qs @ key.unsqueeze(-1) + eps).reciprocal()

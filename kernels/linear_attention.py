@@ -28,9 +28,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 from zoo.kernels import _dispatch, _torch_linear_attention
+from zoo.kernels._op import Op
 from zoo.kernels.rope import apply_rope, axial_rope_tables
 
 __all__ = ['linear_attention', 'naive_linear_attention', 'naive_rank_augmented', 'rank_augmented']
+
+MAX_TRITON_DIM = 128  # channels of a head that the kernels of `rank_augmented` take
 
 
 def naive_linear_attention(q: Tensor, k: Tensor, v: Tensor, *, eps: float = 1e-4) -> Tensor:
@@ -71,27 +74,23 @@ def naive_rank_augmented(
 # Custom ops. The sums over tokens come out beside the result: they are small and the backward pass needs them.
 
 
-@torch.library.custom_op('zoo::linear_attention', mutates_args=())
-def _linear_op(q: Tensor, k: Tensor, v: Tensor, eps: float, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _linear_forward(q: Tensor, k: Tensor, v: Tensor, eps: float, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     return _implementation('linear_attention', q, k, v).linear_attention_fwd(q, k, v, eps, keep)
 
 
-@_linear_op.register_fake
-def _(q, k, v, eps, keep):
+def _linear_fake(q, k, v, eps, keep):
     batch, _, heads, key_dim = q.shape
     state = lambda *shape: q.new_empty(shape if keep else 0, dtype=_state_dtype(q))  # noqa: E731
     return v.new_empty(v.shape), state(batch, heads, key_dim, v.shape[-1]), state(batch, heads, key_dim)
 
 
-@torch.library.custom_op('zoo::linear_attention_backward', mutates_args=())
-def _linear_backward_op(
+def _linear_backward(
     q: Tensor, k: Tensor, v: Tensor, kv: Tensor, mean: Tensor, do: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _implementation('linear_attention', q, k, v).linear_attention_bwd(q, k, v, kv, mean, do, eps)
 
 
-@_linear_backward_op.register_fake
-def _(q, k, v, kv, mean, do, eps):
+def _linear_backward_fake(q, k, v, kv, mean, do, eps):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
@@ -100,17 +99,20 @@ def _linear_setup(ctx, inputs, output):
     ctx.save_for_backward(q, k, v, *output[1:])
     ctx.eps = eps
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # zeros for the sums would be kernels
 
 
-def _linear_backward(ctx, do, *_):
+def _linear_gradients(ctx, do, *_):
+    if do is None:
+        return (None,) * 5
     return *_linear_backward_op(*ctx.saved_tensors, do, ctx.eps), None, None
 
 
-_linear_op.register_autograd(_linear_backward, setup_context=_linear_setup)
+_linear_backward_op = Op('zoo::linear_attention_backward', _linear_backward, _linear_backward_fake)
+_linear_op = Op('zoo::linear_attention', _linear_forward, _linear_fake, _linear_setup, _linear_gradients)
 
 
-@torch.library.custom_op('zoo::rank_augmented', mutates_args=())
-def _rank_op(
+def _rank_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -119,20 +121,19 @@ def _rank_op(
     height: int,
     width: int,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     path = _implementation('rank_augmented', q, k, v)
     return path.rank_augmented_fwd(q, k, v, lepe, gate, height, width, eps)
 
 
-@_rank_op.register_fake
-def _(q, k, v, lepe, gate, height, width, eps):
+def _rank_fake(q, k, v, lepe, gate, height, width, eps):
     batch, _, heads, dim = q.shape
     shapes = (batch, heads, dim, dim), (batch, heads, dim), (batch, heads, dim), (batch, heads)
+    shapes = *shapes, (2, torch.sym_max(height, width), dim // 4)
     return v.new_empty(v.shape), *(q.new_empty(shape, dtype=_state_dtype(q)) for shape in shapes)
 
 
-@torch.library.custom_op('zoo::rank_augmented_backward', mutates_args=())
-def _rank_backward_op(
+def _rank_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -142,35 +143,38 @@ def _rank_backward_op(
     key: Tensor,
     qbar: Tensor,
     norm: Tensor,
+    table: Tensor,
     dy: Tensor,
-    height: int,
     width: int,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     path = _implementation('rank_augmented', q, k, v)
-    grads = path.rank_augmented_bwd(q, k, v, lepe, gate, kv, key, qbar, norm, dy, height, width, eps)
+    grads = path.rank_augmented_bwd(q, k, v, lepe, gate, kv, key, qbar, norm, table, dy, width, eps)
     return tuple(q.new_empty(0) if grad is None else grad for grad in grads)
 
 
-@_rank_backward_op.register_fake
-def _(q, k, v, lepe, gate, kv, key, qbar, norm, dy, height, width, eps):
+def _rank_backward_fake(q, k, v, lepe, gate, kv, key, qbar, norm, table, dy, width, eps):
     return tuple(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (q, k, v, lepe, gate))
 
 
 def _rank_setup(ctx, inputs, output):
-    q, k, v, lepe, gate, height, width, eps = inputs
+    q, k, v, lepe, gate, _, width, eps = inputs
     ctx.save_for_backward(q, k, v, lepe, gate, *output[1:])
-    ctx.options = height, width, eps
+    ctx.options = width, eps
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
 
 
-def _rank_backward(ctx, dy, *_):
+def _rank_gradients(ctx, dy, *_):
+    if dy is None:
+        return (None,) * 8
     saved = ctx.saved_tensors
     grads = _rank_backward_op(*saved, dy, *ctx.options)
     return *(None if x is None else grad for x, grad in zip(saved, grads)), None, None, None
 
 
-_rank_op.register_autograd(_rank_backward, setup_context=_rank_setup)
+_rank_backward_op = Op('zoo::rank_augmented_backward', _rank_backward, _rank_backward_fake)
+_rank_op = Op('zoo::rank_augmented', _rank_forward, _rank_fake, _rank_setup, _rank_gradients)
 
 
 def _implementation(family: str, q: Tensor, k: Tensor, v: Tensor):

@@ -40,16 +40,21 @@ SIZES = ['T', 'per', 'H', 'parts', 'singles', 'eps', 'share'] + [
 
 
 class Options(NamedTuple):
-    """Of one kernel: tokens in a tile, warps, stages of its loop, programs per multiprocessor to cut the sums into."""
+    """Of one kernel.
+
+    bt: tokens in a tile; stages: of its loop; fill: programs per multiprocessor to cut the sums into; registers: most
+    per thread, where the compiler alone would take so many that too few programs fit.
+    """
 
     bt: int
     warps: int
     stages: int
     fill: int = 4
+    registers: int | None = None
 
     @property
-    def launch(self) -> tuple[int, int]:
-        return self.warps, self.stages
+    def launch(self) -> tuple[int, int, int | None]:
+        return self.warps, self.stages, self.registers
 
 
 class Config(NamedTuple):

@@ -47,11 +47,11 @@ from zoo.kernels._triton.linear_attention import (
     strides,
     sums_of_parts,
 )
+from zoo.kernels.linear_attention import MAX_TRITON_DIM
 from zoo.kernels.rope import LOG2_BASE
 
-MAX_DIM = 128
 MAX_PARTS = 1024
-NUMBERS = [*SIZES, 'n_table', 'width'] + [x + y for x in ('lepe', 'gate', 'dy', 'dr') for y in ('_b', '_t', '_h')]
+NUMBERS = [*SIZES, 'n_table', 'width', 'HO'] + [x + y for x in ('lepe', 'gate', 'dy', 'dr') for y in ('_b', '_t', '_h')]
 
 
 def config(dtype: torch.dtype, D: int, backward: bool) -> Config:
@@ -62,8 +62,9 @@ def config(dtype: torch.dtype, D: int, backward: bool) -> Config:
         options = Options(16 if backward or bk > 64 else 32, 4 if bk <= 64 else 8, 2)
         return Config(bk, bv, ceil_div(D, bv), options, options)
     if bk <= 64:
-        reads = Options(32 if backward else 64, 4, 3)
-        return Config(bk, bk, 1, Options(32, 4, 3, fill=4 if backward else 3), reads)
+        if backward:  # four programs a multiprocessor hide more of the chain of products and sums than wide tiles do
+            return Config(bk, bk, 1, Options(16, 4, 3, registers=128), Options(32, 4, 3))
+        return Config(bk, bk, 1, Options(32, 4, 3, registers=128), Options(64, 4, 3))
     if not backward:
         return Config(bk, bk, 1, Options(32, 8, 2), Options(32, 4, 2))
     return Config(bk, 64, ceil_div(D, 64), Options(16, 4, 2), Options(16, 4, 2))
@@ -73,7 +74,7 @@ def unsupported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None
     """Why the kernels cannot take these tensors, or None."""
     if q.dtype not in DTYPES:
         return f'dtype {str(q.dtype).removeprefix("torch.")}'
-    return f'head dimension above {MAX_DIM} (D = {q.shape[-1]})' if q.shape[-1] > MAX_DIM else None
+    return f'head dimension above {MAX_TRITON_DIM} (D = {q.shape[-1]})' if q.shape[-1] > MAX_TRITON_DIM else None
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -273,43 +274,45 @@ def rala_fwd_kernel_out(q, lepe, gate, y, kv, key, table, T, per, H, eps, n_tabl
 
 
 @triton.jit(do_not_specialize=NUMBERS)
-def rala_bwd_kernel_queries(q, lepe, gate, dy, dlepe, dgate, kv, key, table, dkv, dkey, T, per, H, eps, n_table, width,
-                            q_b, q_t, q_h, lepe_b, lepe_t, lepe_h, gate_b, gate_t, gate_h, dy_b, dy_t, dy_h,
+def rala_bwd_kernel_queries(q, lepe, gate, dy, dlepe, dgate, kv, key, table, dkv, dkey, T, per, H, HO, eps, n_table,
+                            width, q_b, q_t, q_h, lepe_b, lepe_t, lepe_h, gate_b, gate_t, gate_h, dy_b, dy_t, dy_h,
                             D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, A: tl.constexpr,
                             CT: tl.constexpr, PREC: tl.constexpr, LEPE: tl.constexpr, GATE: tl.constexpr):  # fmt: skip
-    """Gradients of lepe and gate, and a part's share of those of the sums; dkey has a row per value block too."""
+    """Gradients of lepe and gate, and a part's share of those of the sums; dkey has a row per value block too.
+
+    The rows of dgate are HO heads wide, as are those of dk, dv and dq in the kernels after this one.
+    """
     b, h, first, n = place(T, per, H)
     rows, cols, iv = tl.arange(0, BT), tl.arange(0, BD), tl.program_id(2)
     cols_v, head = iv * BV + tl.arange(0, BV), tl.program_id(1).to(tl.int64)
     state = load_state(kv + head * (D * D), cols, cols_v, D, D).to(CT)
     s = load_row(key + head * D, cols, D)
     q, dy = start(q, b, h, first, q_b, q_t, q_h, A), start(dy, b, h, first, dy_b, dy_t, dy_h, A)
-    to = ((b * T + first) * H + h) * D
     if LEPE:
         lepe = start(lepe, b, h, first, lepe_b, lepe_t, lepe_h, A)
     if LEPE or GATE:
-        dlepe += to
+        dlepe += ((b * T + first) * H + h) * D
     if GATE:
         gate = start(gate, b, h, first, gate_b, gate_t, gate_h, A)
-        dgate += to
+        dgate += ((b * T + first) * HO + h) * D
     token = first.to(tl.int32) + rows
     single = tl.zeros((BT, BD), tl.float32)
     total = tl.zeros((BD, BV), tl.float32)
     for t in range(0, n, BT):
         ok = rows < n - t
         qf = positive(load_tile(q, rows, cols, q_t * A, ok, D, BD), cols, D, BD)
-        dr = load_tile(dy, rows, cols_v, dy_t * A, ok, D, BV).to(tl.float32)
-        cos, sin = angles(table, n_table, token + t, ok, width, D, BD)
         inverse = 1.0 / (tl.sum(qf * s[None, :], 1) + eps)
+        cos, sin = angles(table, n_table, token + t, ok, width, D, BD)
         turned = rotate(qf, cos, sin, BT, BD).to(CT)
+        dr = load_tile(dy, rows, cols_v, dy_t * A, ok, D, BV).to(tl.float32)
         r = tl.dot(turned, state, input_precision=PREC) * inverse[:, None]
         if GATE:
             out = r
             if LEPE:
                 out += load_tile(lepe, rows, cols_v, lepe_t * A, ok, D, BV).to(tl.float32)
                 lepe += BT * (lepe_t * A).to(tl.int64)
-            store_tile(dgate, dr * out, rows, cols_v, H * D, ok, D, BV)
-            dgate += BT * (H * D).to(tl.int64)
+            store_tile(dgate, dr * out, rows, cols_v, HO * D, ok, D, BV)
+            dgate += BT * (HO * D).to(tl.int64)
             dr *= load_tile(gate, rows, cols_v, gate_t * A, ok, D, BV).to(tl.float32)
             gate += BT * (gate_t * A).to(tl.int64)
         if LEPE or GATE:
@@ -328,11 +331,11 @@ def rala_bwd_kernel_queries(q, lepe, gate, dy, dlepe, dgate, kv, key, table, dkv
 
 
 @triton.jit(do_not_specialize=NUMBERS)
-def rala_bwd_kernel_keys(k, v, dk, dv, kv, key, qbar, norm, table, dkv, dkey, dqbar, T, per, H, n_table, width, k_b,
-                         k_t, k_h, v_b, v_t, v_h, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+def rala_bwd_kernel_keys(k, v, more, dk, dv, kv, key, qbar, norm, table, dkv, dkey, dqbar, T, per, H, HO, n_table,
+                         width, k_b, k_t, k_h, v_b, v_t, v_h, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
                          BV: tl.constexpr, NV: tl.constexpr, A: tl.constexpr, CT: tl.constexpr,
-                         PREC: tl.constexpr):  # fmt: skip
-    """dk, dv and a part's share of dqbar."""
+                         PREC: tl.constexpr, MORE: tl.constexpr):  # fmt: skip
+    """dk, dv and a part's share of dqbar; `more` (B, T, H, D) is another gradient of v, added to dv."""
     b, h, first, n = place(T, per, H)
     rows, cols, block = tl.arange(0, BT), tl.arange(0, BD), tl.arange(0, BV)
     head = tl.program_id(1).to(tl.int64)
@@ -352,9 +355,11 @@ def rala_bwd_kernel_keys(k, v, dk, dv, kv, key, qbar, norm, table, dkv, dkey, dq
         state = load_state(dkv, cols, block, D, D).to(CT)
     scale = 1.0 / tl.sqrt(float(D))
     k, v = start(k, b, h, first, k_b, k_t, k_h, A), start(v, b, h, first, v_b, v_t, v_h, A)
-    to = ((b * T + first) * H + h) * D
+    to = ((b * T + first) * HO + h) * D
     dk += to
     dv += to
+    if MORE:
+        more += ((b * T + first) * H + h) * D
     token = first.to(tl.int32) + rows
     single = tl.zeros((BT, BD), tl.float32)
     for t in range(0, n, BT):
@@ -367,30 +372,38 @@ def rala_bwd_kernel_keys(k, v, dk, dv, kv, key, qbar, norm, table, dkv, dkey, dq
         if NV == 1:
             x = load_tile(v, rows, block, v_t * A, ok, D, BV).to(CT)
             back = tl.dot(x, tl.trans(state), input_precision=PREC)
-            store_tile(dv, tl.dot(turned, state, input_precision=PREC), rows, block, H * D, ok, D, BV)
+            grad = tl.dot(turned, state, input_precision=PREC)
+            if MORE:
+                grad += load_tile(more, rows, block, H * D, ok, D, BV).to(tl.float32)
+            store_tile(dv, grad, rows, block, HO * D, ok, D, BV)
         else:
             back = tl.zeros((BT, BD), tl.float32)
             for j in range(NV):
                 x = load_tile(v, rows, j * BV + block, v_t * A, ok, D, BV).to(CT)
                 part = load_state(dkv, cols, j * BV + block, D, D).to(CT)
                 back = tl.dot(x, tl.trans(part), back, input_precision=PREC)
-                store_tile(dv, tl.dot(turned, part, input_precision=PREC), rows, j * BV + block, H * D, ok, D, BV)
+                grad = tl.dot(turned, part, input_precision=PREC)
+                if MORE:
+                    grad += load_tile(more, rows, j * BV + block, H * D, ok, D, BV).to(tl.float32)
+                store_tile(dv, grad, rows, j * BV + block, HO * D, ok, D, BV)
         back = rotate(back, cos, -sin, BT, BD) + ds[None, :]
         dc = w * (tl.sum(kf * back, 1) - inner) * scale
         single += dc[:, None] * kf
         back = (back * w[:, None] + dc[:, None] * mean[None, :]) * tl.minimum(kf, 1.0)
-        store_tile(dk, back, rows, cols, H * D, ok, D, BD)
+        store_tile(dk, back, rows, cols, HO * D, ok, D, BD)
         k += BT * (k_t * A).to(tl.int64)
         v += BT * (v_t * A).to(tl.int64)
-        dk += BT * (H * D).to(tl.int64)
-        dv += BT * (H * D).to(tl.int64)
+        dk += BT * (HO * D).to(tl.int64)
+        dv += BT * (HO * D).to(tl.int64)
+        if MORE:
+            more += BT * (H * D).to(tl.int64)
     row = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + head
     tl.store(dqbar + row * D + cols, tl.sum(single, 0), mask=cols < D)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
-def rala_bwd_kernel_dq(q, dr, dq, kv, key, table, dqbar, T, per, H, parts, eps, n_table, width, q_b, q_t, q_h, dr_b,
-                       dr_t, dr_h, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+def rala_bwd_kernel_dq(q, dr, dq, kv, key, table, dqbar, T, per, H, HO, parts, eps, n_table, width, q_b, q_t, q_h,
+                       dr_b, dr_t, dr_h, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
                        NV: tl.constexpr, A: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr):  # fmt: skip
     b, h, first, n = place(T, per, H)
     rows, cols, block = tl.arange(0, BT), tl.arange(0, BD), tl.arange(0, BV)
@@ -406,7 +419,7 @@ def rala_bwd_kernel_dq(q, dr, dq, kv, key, table, dqbar, T, per, H, parts, eps, 
         mean += tl.sum(tl.load(dqbar + (some[:, None] * heads + head) * D + cols[None, :], mask=ok, other=0.0), 0)
     mean = mean / T
     q, dr = start(q, b, h, first, q_b, q_t, q_h, A), start(dr, b, h, first, dr_b, dr_t, dr_h, A)
-    dq += ((b * T + first) * H + h) * D
+    dq += ((b * T + first) * HO + h) * D
     token = first.to(tl.int32) + rows
     for t in range(0, n, BT):
         ok = rows < n - t
@@ -425,10 +438,10 @@ def rala_bwd_kernel_dq(q, dr, dq, kv, key, table, dqbar, T, per, H, parts, eps, 
         back = rotate(back, cos, -sin, BT, BD) * inverse[:, None]
         u = -tl.sum(qf * back, 1) * inverse
         back = (back + u[:, None] * s[None, :] + mean[None, :]) * tl.minimum(qf, 1.0)
-        store_tile(dq, back, rows, cols, H * D, ok, D, BD)
+        store_tile(dq, back, rows, cols, HO * D, ok, D, BD)
         q += BT * (q_t * A).to(tl.int64)
         dr += BT * (dr_t * A).to(tl.int64)
-        dq += BT * (H * D).to(tl.int64)
+        dq += BT * (HO * D).to(tl.int64)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -460,23 +473,22 @@ class _Plan:
         return strides(self.unit, *tensors)
 
 
-def _table(plan: _Plan, height: int, width: int) -> torch.Tensor:
-    return plan.fp32(2, max(height, width), plan.D // 4)
-
-
 def _queries_consts(plan: _Plan) -> dict:
     blocks = {'D': plan.D, 'BT': 64, 'BD': plan.cfg.bk, 'BM': next_power(plan.D // 4)}
     return blocks | {'A': plan.unit, 'LOG2_BASE': LOG2_BASE}
 
 
 def rank_augmented_fwd(q, k, v, lepe, gate, height: int, width: int, eps: float):
-    """y (B, T, H, D); fp32 state (B, H, D, D), key sum and mean of queries (B, H, D), log normaliser (B, H)."""
+    """y (B, T, H, D), then in fp32: state (B, H, D, D), key sum and mean of queries (B, H, D), log normaliser (B, H),
+    cosines and sines (2, max(height, width), D / 4).
+    """
     q, k, v = rows(q), rows(k), rows(v)
     lepe, gate = (x if x is None else rows(x) for x in (lepe, gate))
     extra = [x for x in (lepe, gate) if x is not None]
     plan = _Plan(q, False, k, v, *extra)
     cfg, B, T, H, D = plan.cfg, plan.B, plan.T, plan.H, plan.D
-    table, n = _table(plan, height, width), max(height, width)
+    n = max(height, width)
+    table = plan.fp32(2, n, D // 4)
     parts_q = plan.fp32(plan.parts, B, H, D)
     launch(rala_fwd_kernel_queries, (plan.parts, plan.heads + 1, 1), (q, parts_q, table),
            (T, plan.per, H, n, *plan.strides(q)), _queries_consts(plan), 4, 3)  # fmt: skip
@@ -495,40 +507,47 @@ def rank_augmented_fwd(q, k, v, lepe, gate, height: int, width: int, eps: float)
     sizes = (T, plan.span, H, eps, n, width, *plan.strides(q, q if lepe is None else lepe, q if gate is None else gate))
     launch(rala_fwd_kernel_out, (*plan.grid_reads, cfg.nv), (q, lepe, gate, y, kv, key, table), sizes,
            plan.blocks(cfg.reads.bt, LEPE=lepe is not None, GATE=gate is not None), *cfg.reads.launch)  # fmt: skip
-    return y, kv, key, qbar, norm
+    return y, kv, key, qbar, norm, table
 
 
-def rank_augmented_bwd(q, k, v, lepe, gate, kv, key, qbar, norm, dy, height: int, width: int, eps: float):
-    """Gradients dq, dk, dv, dlepe (or None), dgate (or None); `kv` to `norm` are those of the forward pass."""
+def rank_augmented_bwd(
+    q, k, v, lepe, gate, kv, key, qbar, norm, table, dy, width: int, eps: float, out=None, local=None
+):
+    """Gradients dq, dk, dv, dlepe (or None), dgate (or None); `kv` to `table` are those of the forward pass.
+
+    Args:
+        out: where dq, dk, dv and dgate go, slices of one contiguous (B, T, heads, D); fresh tensors by default.
+        local: a function of dlepe that gives another gradient of v, (B, T, H, D) contiguous, which dv then includes.
+    """
     q, k, v, dy = rows(q), rows(k), rows(v), rows(dy)
     lepe, gate = (x if x is None else rows(x) for x in (lepe, gate))
     extra = [x for x in (lepe, gate) if x is not None]
     plan = _Plan(q, True, k, v, dy, *extra)
     cfg, B, T, H, D = plan.cfg, plan.B, plan.T, plan.H, plan.D
-    table, n = _table(plan, height, width), max(height, width)
-    launch(rala_fwd_kernel_queries, (16, 1, 1), (q, table, table), (T, 0, H, n, *plan.strides(q)),
-           _queries_consts(plan), 4, 3)  # fmt: skip
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    dlepe = torch.empty(v.shape, dtype=v.dtype, device=v.device) if extra else None
-    dgate = None if gate is None else torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    n = table.shape[1]
+    fresh = lambda: torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)  # noqa: E731
+    dq, dk, dv, dgate = out or (fresh(), fresh(), fresh(), None if gate is None else fresh())
+    wide = H if out is None else dq.stride(1) // D
+    dlepe = fresh() if extra else None
     dkv, dkey = plan.fp32(B, H, D, D), plan.fp32(B, H, D)
     parts_kv = dkv if plan.parts == 1 else plan.fp32(plan.parts, B, H, D, D)
     parts_key = dkey if plan.parts == cfg.nv == 1 else plan.fp32(plan.parts * cfg.nv, B, H, D)
     like = [q if x is None else x for x in (lepe, gate)]
     launch(rala_bwd_kernel_queries, plan.grid,
            (q, lepe, gate, dy, dlepe, dgate, kv, key, table, parts_kv, parts_key),
-           (T, plan.per, H, eps, n, width, *plan.strides(q, *like, dy)),
+           (T, plan.per, H, wide, eps, n, width, *plan.strides(q, *like, dy)),
            plan.blocks(cfg.sums.bt, LEPE=lepe is not None, GATE=gate is not None), *cfg.sums.launch)  # fmt: skip
     merge(parts_kv, parts_key, dkv, dkey, plan.parts, 1.0)
+    more = local(dlepe) if local else None
     parts, per = cut(T, plan.heads, cfg.sums, plan.device)
     dqbar = plan.fp32(parts, B, H, D)
     launch(rala_bwd_kernel_keys, (parts, plan.heads, 1),
-           (k, v, dk, dv, kv, key, qbar, norm, table, dkv, dkey, dqbar),
-           (T, per, H, n, width, *plan.strides(k, v)), plan.blocks(cfg.sums.bt, NV=cfg.nv),
+           (k, v, more, dk, dv, kv, key, qbar, norm, table, dkv, dkey, dqbar),
+           (T, per, H, wide, n, width, *plan.strides(k, v)), plan.blocks(cfg.sums.bt, NV=cfg.nv, MORE=more is not None),
            *cfg.sums.launch)  # fmt: skip
     dr = dy if dlepe is None else dlepe
     unit = alignment(q, dr)
     launch(rala_bwd_kernel_dq, (*plan.grid_reads, 1), (q, dr, dq, kv, key, table, dqbar),
-           (T, plan.span, H, parts, eps, n, width, *strides(unit, q, dr)),
+           (T, plan.span, H, wide, parts, eps, n, width, *strides(unit, q, dr)),
            plan.blocks(cfg.reads.bt, NV=cfg.nv) | {'A': unit}, *cfg.reads.launch)  # fmt: skip
     return dq, dk, dv, None if lepe is None else dlepe, dgate
