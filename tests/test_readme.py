@@ -4,6 +4,7 @@ A line is split at `&&`. Each piece must match exactly one rule of `RULES`, or t
 README needs a rule here that says how it is run.
 """
 
+import json
 import os
 import re
 import shlex
@@ -17,6 +18,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from vlm_folders import tiny_mmmamba
 
 import zoo  # noqa: F401  registers the models
 
@@ -52,6 +54,10 @@ RULES = {
     r'zoo export test_\w+ .*': lambda w: w,
     r'zoo bench models .*': lambda w: w + [*BRIEFLY, '--models=test_vig', '--peers=test_vit', '--img-size=160'],
     r'zoo bench kernels .*': lambda w: without_cuda(w) + [*BRIEFLY, '--shapes=vig_small_224'],
+    r'zoo bench vlm .*': lambda w: without_cuda(w) + '--quick --rows linear --lengths 64 --tokens 4'.split(),
+    # tests/test_distill_vlm.py takes every recipe of that folder through its stages
+    r'python train\.py fit --config configs/distill_vlm/\S+ --data\.train \S+': None,
+    r'zoo (chat|eval-vlm) FOLDER .*': lambda w: w,
 }
 
 
@@ -92,6 +98,12 @@ def place(tmp_path_factory):
             for i in range(3):
                 pixels = rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / 'data' / 'imagenet' / split / label / f'{i}.png')
+    (folder / 'FOLDER').mkdir()
+    tiny_mmmamba(folder / 'FOLDER')
+    picture = folder / 'photo.jpg'
+    Image.fromarray(rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(picture)
+    row = {'image': picture.name, 'question': 'What colour is it?', 'answer': 'red'}
+    (folder / 'questions.jsonl').write_text(json.dumps(row) + '\n')
     for command in commands():
         if command.startswith('zoo validate '):
             name = command.split()[2]

@@ -255,7 +255,7 @@ def main() -> int:
     gpus = max(1, torch.cuda.device_count())
     result = {
         'what': f'CIFAR-10 at 32 px, {len(labels)} runs side by side on {gpus} GPU(s)',
-        'command': ' '.join(sys.argv),
+        'command': ' '.join(sys.argv).replace(str(args.output), 'FOLDER'),
         **conditions('cuda' if torch.cuda.is_available() else 'cpu'),
         'gpus': gpus,
         'epochs': args.epochs,
