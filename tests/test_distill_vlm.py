@@ -17,6 +17,7 @@ import zoo
 from zoo.checkpoints import read_checkpoint
 from zoo.cli import main
 from zoo.errors import ZooError
+from zoo.runs import resolve_config
 from zoo.tasks._distill_evaluate import spread_order
 from zoo.tasks._distill_losses import HeadsLoss, logits_loss, positions
 from zoo.tasks._distill_report import ALL, Measured, margin_kept
@@ -588,6 +589,12 @@ def shrunk(path, stages):
 TOGETHER = [
     pytest.param(p, marks=[pytest.mark.slow] * (p.stem == 'cifar10')) for p in RECIPES if 'teacher' not in p.stem
 ]
+
+
+def test_quickstarts_are_told_apart(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert resolve_config('quickstart') == CONFIGS / 'quickstart.yaml'
+    assert resolve_config('distill_vlm/quickstart') == CONFIGS / 'distill_vlm' / 'quickstart.yaml'
 
 
 @pytest.mark.parametrize('path', TOGETHER, ids=lambda p: p.stem)

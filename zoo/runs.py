@@ -129,7 +129,7 @@ def resolve_config(name: str) -> Path:
     roots = [folder for folder in (Path(base) / 'configs' for base in zoo.__path__) if folder.is_dir()]
     wanted = re.sub(r'^(\./)?configs/', '', name).removesuffix('.yaml')
     packaged = {str(p.relative_to(root).with_suffix('')): p for root in roots for p in sorted(root.rglob('*.yaml'))}
-    found = [p for key, p in packaged.items() if key == wanted or Path(key).name == wanted]
+    found = [packaged[wanted]] if wanted in packaged else [p for k, p in packaged.items() if Path(k).name == wanted]
     if found:
         return found[0]
     close = difflib.get_close_matches(wanted, {*packaged, *(Path(k).name for k in packaged)}, n=4, cutoff=0.4)
