@@ -427,8 +427,9 @@ class ZooCLI(LightningCLI):
     def _conclude(self, model: LightningModule) -> None:
         """Ends a fit: curves, a test of the best checkpoint, what the model exports, and what was written where.
 
-        A module that ends in its own way has `conclude(test) -> lines to print`. Otherwise `accuracy_curves`, `headline`
-        and `report_callback` say how its results are shown, and `export(folder) -> lines` writes more than checkpoints.
+        A module that ends in its own way has `conclude(test) -> lines to print`. Otherwise `accuracy_curves`,
+        `headline` and `report_callback` say how its results are shown, and `export(folder) -> lines` writes more than
+        checkpoints.
         """
         if hasattr(model, 'conclude'):
             lines = model.conclude(self._get(self.config_init, 'run').test_after_fit)
