@@ -129,7 +129,7 @@ def resolve_config(name: str) -> Path:
     roots = [folder for folder in (Path(base) / 'configs' for base in zoo.__path__) if folder.is_dir()]
     wanted = re.sub(r'^(\./)?configs/', '', name).removesuffix('.yaml')
     packaged = {str(p.relative_to(root).with_suffix('')): p for root in roots for p in sorted(root.rglob('*.yaml'))}
-    found = [p for key, p in packaged.items() if key == wanted or Path(key).name == wanted]
+    found = [packaged[wanted]] if wanted in packaged else [p for k, p in packaged.items() if Path(k).name == wanted]
     if found:
         return found[0]
     close = difflib.get_close_matches(wanted, {*packaged, *(Path(k).name for k in packaged)}, n=4, cutoff=0.4)
@@ -427,8 +427,9 @@ class ZooCLI(LightningCLI):
     def _conclude(self, model: LightningModule) -> None:
         """Ends a fit: curves, a test of the best checkpoint, what the model exports, and what was written where.
 
-        A module that ends in its own way has `conclude(test) -> lines to print`. Otherwise `accuracy_curves`, `headline`
-        and `report_callback` say how its results are shown, and `export(folder) -> lines` writes more than checkpoints.
+        A module that ends in its own way has `conclude(test) -> lines to print`. Otherwise `accuracy_curves`,
+        `headline` and `report_callback` say how its results are shown, and `export(folder) -> lines` writes more than
+        checkpoints.
         """
         if hasattr(model, 'conclude'):
             lines = model.conclude(self._get(self.config_init, 'run').test_after_fit)

@@ -216,10 +216,12 @@ def plot_softmax_layers(models: list[Measured], sweep: list[Measured], target: P
     axis = axes[0]
     if sweep:
         points = sorted((m.softmax_layers, 100 * m.accuracy(ALL)) for m in sweep)
-        label = f'{sweep[0].name}, layers put back without training'
+        asked = sum(sweep[0].questions.values())
+        label = f'{sweep[0].name}, layers put back without training ({asked} questions)'
         axis.plot(*zip(*points), color='#2b6cb0', marker='.', label=label)
     for model, color in zip(models, ('#4a5568', '#dd6b20', '#38a169', '#805ad5', '#d53f8c')):
         axis.plot(model.softmax_layers, 100 * model.accuracy(ALL), 'o', color=color, label=model.name)
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set(title='Accuracy over softmax layers', xlabel='layers with softmax attention', ylabel='exact match, %')
     axis.grid(alpha=0.3)
     axis.legend(frameon=False)
