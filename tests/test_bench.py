@@ -75,6 +75,22 @@ def test_model_modes(flags, tmp_path):
     assert row['fused'] == ('--fuse' in flags) and result['pure'] == ('--pure' in flags)
 
 
+def test_onnxruntime_beside_torch(tmp_path):
+    """A table of its own, on what the exporter wrote; nothing but inference on the CPU."""
+    pytest.importorskip('onnxscript'), pytest.importorskip('onnxruntime')
+    args = ['models', '--models', 'test_mobilemamba', '--peers', 'test_resnet', '--img-size', '64', '--fuse']
+    result = bench(tmp_path, *args, '--batch-size', '2', '--train', 'both', '--runtime', 'torch,onnxruntime')
+    found = [(r['model'], r['train'], r['runtime']) for r in result['results'] if 'error' not in r]
+    names = ('test_mobilemamba', 'test_resnet')
+    modes = [(False, 'torch'), (True, 'torch'), (False, 'onnxruntime')]
+    assert found == [(name, *mode) for mode in modes for name in names]
+    assert [r['runtime'] for r in result['ratios']] == ['torch', 'torch', 'onnxruntime']
+    for wrong in (['--runtime', 'onnx'], ['--runtime', 'onnxruntime', '--dtype', 'bf16'],
+                  ['--runtime', 'onnxruntime', '--train', 'yes']):  # fmt: skip
+        with pytest.raises(ZooError, match='--runtime'):
+            bench(tmp_path, *args, *wrong)
+
+
 def test_a_failing_model_is_a_row(tmp_path, monkeypatch):
     plain = _bench_models.build
 

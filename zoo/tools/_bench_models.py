@@ -10,10 +10,12 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
+from pathlib import Path
 
 import timm
 import torch
@@ -28,6 +30,7 @@ from zoo.registry import check_name
 from zoo.tools._guard import in_words, recover, time_limit
 from zoo.tools._load import build
 from zoo.tools._timing import conditions, gpu_rates, interleaved, rates_in_words, wall_ms, write_json
+from zoo.tools.export import Shape, export, onnx_session
 
 # The timm models of the same size and shape that one would pick instead.
 PEERS = {
@@ -46,6 +49,7 @@ PEERS = {
 NATIVE = 'native'
 _DTYPES = {'fp32': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 _SETTINGS = ('dtype', 'pure', 'fuse', 'compile', 'compile_mode', 'channels_last', 'warmup', 'repeats', 'relative_to')
+RUNTIMES = {'torch': 'PyTorch', 'onnxruntime': 'ONNX Runtime'}
 _BOTH = {'no': [False], 'yes': [True], 'both': [False, True]}
 
 
@@ -58,17 +62,20 @@ class Scenario:
         batch: images per call.
         train: a training step (forward, backward, AdamW) rather than inference.
         compile: through `torch.compile`.
+        runtime: one of `RUNTIMES`; another one than torch runs what `zoo export` writes, on the CPU.
     """
 
     size: int | str
     batch: int
     train: bool
     compile: bool = False
+    runtime: str = 'torch'
 
     def __str__(self) -> str:
         what = 'training step' if self.train else 'inference'
         size = 'native size' if self.size == NATIVE else f'{self.size} px'
-        return f'{what}, {size}, batch {self.batch}{", compiled" if self.compile else ""}'
+        how = ', compiled' if self.compile else '' if self.runtime == 'torch' else f', {RUNTIMES[self.runtime]}'
+        return f'{what}, {size}, batch {self.batch}{how}'
 
 
 def _listed(name: str, words: str | None) -> bool:
@@ -97,6 +104,16 @@ def _fused(model: nn.Module) -> nn.Module:
     return reparameterize_model(model)
 
 
+def _onnxruntime(model: nn.Module, x: torch.Tensor) -> Callable[[], object]:
+    """A call of the exported model, checked against eager, with as many threads as torch has."""
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / 'model.onnx'
+        export(model, path, 'onnx', Shape(*x.shape))
+        run = onnx_session(path, torch.get_num_threads())
+    image = x.numpy()
+    return lambda: run(image)
+
+
 def _step(name: str, scenario: Scenario, args: argparse.Namespace) -> tuple[Callable[[], object], dict]:
     """The call to time, on inputs of its own, and what a row says about it."""
     torch.manual_seed(0)
@@ -114,9 +131,11 @@ def _step(name: str, scenario: Scenario, args: argparse.Namespace) -> tuple[Call
     model = model.to(args.device, dtype=pure, memory_format=layout).train(scenario.train)
     x = torch.randn(scenario.batch, 3, side, side, device=args.device, dtype=pure).to(memory_format=layout)
     y = torch.randint(0, model.num_classes, (scenario.batch,), device=args.device)
+    said = {'size': side, 'channels_last': last, 'fused': fuse}
+    if scenario.runtime == 'onnxruntime':
+        return _onnxruntime(model, x), said
     # One size at a time: a second one would otherwise turn the first's sizes into symbols, for some models only.
     run = torch.compile(model, dynamic=False, mode=args.compile_mode) if scenario.compile else model
-    said = {'size': side, 'channels_last': last, 'fused': fuse}
 
     def cast():
         return torch.autocast(torch.device(args.device).type, dtype) if dtype and not pure else nullcontext()
@@ -210,7 +229,7 @@ def ratios(rows: list[dict], own: list[str]) -> list[dict]:
     Returns:
         Per pair: `time_ratio` (time per image, below 1 we are faster) and, on a GPU, `memory_ratio`.
     """
-    found, scenario = [], ('batch', 'train', 'compile')
+    found, scenario = [], ('batch', 'train', 'compile', 'runtime')
     rows = [r for r in rows if 'error' not in r]
     for row, peer in itertools.product(rows, rows):
         same = all(row.get(k) == peer.get(k) for k in scenario) and row.get('asked') == peer.get('asked')
@@ -240,7 +259,7 @@ def scenarios(args: argparse.Namespace) -> list[Scenario]:
         args: the parsed command line.
 
     Raises:
-        ZooError: if there are neither one nor as many batches as sizes.
+        ZooError: if there are neither one nor as many batches as sizes, or for a runtime that cannot do this.
     """
     gpu = args.device.startswith('cuda')
     full = 256 if gpu else 8
@@ -250,12 +269,27 @@ def scenarios(args: argparse.Namespace) -> list[Scenario]:
     default = [full if s == NATIVE else max(1, full * 224**2 // s**2) for s in sizes]
     batch = [batches[i % len(batches)] if batches else default[i] for i in range(len(sizes))]
     train = _BOTH[args.train or ('no' if args.img_size else 'both')]
-    found = [
-        Scenario(s, b, t, c) for t, c, (s, b) in itertools.product(train, _BOTH[args.compile], list(zip(sizes, batch)))
-    ]
+    cases = list(zip(sizes, batch))
+    found = []
+    for runtime in _runtimes(args):
+        for t, c, (s, b) in itertools.product(train, _BOTH[args.compile], cases):
+            if runtime == 'torch' or not (t or c):
+                found.append(Scenario(s, b, t, c, runtime))
+    if not found:
+        raise ZooError('--runtime onnxruntime: there is inference only, and nothing for torch.compile to do')
     if args.train is None and not args.img_size and not gpu:
         found = [c for c in found if not (c.train and c.size != NATIVE and c.size > 224)]
     return found
+
+
+def _runtimes(args: argparse.Namespace) -> list[str]:
+    names = args.runtime.split(',')
+    for name in names:
+        if name not in RUNTIMES:
+            raise ZooError(f'unknown name {name!r}: --runtime takes {", ".join(RUNTIMES)}')
+    if names != ['torch'] and (args.device != 'cpu' or args.dtype != 'fp32'):
+        raise ZooError('--runtime onnxruntime: only with --device cpu --dtype fp32')
+    return names
 
 
 def chosen(args: argparse.Namespace) -> tuple[list[str], list[str]]:

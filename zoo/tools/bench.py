@@ -52,6 +52,8 @@ def _add_model_arguments(models: argparse.ArgumentParser) -> None:
     models.add_argument('--pure', action='store_true', help='inference with weights in --dtype instead of autocast')
     models.add_argument('--fuse', **_WHICH, help='fold norms and branches before inference: of all models or of A,B')
     models.add_argument('--compile', default='no', **_YES_NO, help='torch.compile the models')
+    models.add_argument('--runtime', default='torch', metavar='A,B', help='torch, onnxruntime or both (inference on '
+                        'the CPU, what zoo export writes); default: torch')  # fmt: skip
     models.add_argument('--compile-mode', choices=('default', 'reduce-overhead', 'max-autotune-no-cudagraphs'))
     models.add_argument('--channels-last', **_WHICH, help='channels-last images and weights: all models or A,B '
                         '(patterns such as "ravlt*")')  # fmt: skip

@@ -114,9 +114,28 @@ def _write_torch_export(model: nn.Module, path: Path, shape: Shape, opset: int |
     return lambda x: program(x)
 
 
+def onnx_session(path: Path, threads: int = 0):
+    """A function of the input array that runs a file of one input in ONNX Runtime on the CPU.
+
+    Args:
+        path: the ONNX file.
+        threads: how many; 0 for ONNX Runtime's own choice.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # it warns of every node that it does not fold
+    options.intra_op_num_threads = threads
+    # A pool that waits by spinning slows down whatever runs beside it, such as the other models of a benchmark.
+    options.add_session_config_entry('session.intra_op.allow_spinning', '0')
+    session = onnxruntime.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
+    name = session.get_inputs()[0].name
+    return lambda x: session.run(None, {name: x})
+
+
 def _write_onnx(model: nn.Module, path: Path, shape: Shape, opset: int | None):
     try:
-        import onnxruntime
+        import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401  torch's exporter needs it
     except ImportError as error:
         raise ZooError(f'{error.name} is missing. Type: pip install "linear-zoo[export]"') from error
@@ -125,9 +144,8 @@ def _write_onnx(model: nn.Module, path: Path, shape: Shape, opset: int | None):
         _trace(model, shape), (), dynamo=True, optimize=False, opset_version=opset, verbose=False
     )
     program.save(str(path), external_data=False)
-    session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
-    name = session.get_inputs()[0].name
-    return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
+    run = onnx_session(path)
+    return lambda x: torch.from_numpy(run(x.numpy())[0])
 
 
 def _write_safetensors(model: nn.Module, path: Path, shape: Shape, opset: int | None):
