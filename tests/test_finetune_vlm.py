@@ -9,6 +9,7 @@ import torch
 from zoo.checkpoints import read_checkpoint
 from zoo.cli import main
 from zoo.data import Shapes
+from zoo.data.chat import Sample, model_inputs
 from zoo.errors import ZooError
 from zoo.tasks import FinetuneVLM
 from zoo.tasks.vlm import Lora, Tally, add_lora, answer_logits, build_vlm, generate_answers, save_folder
@@ -31,7 +32,7 @@ COMMON = [
     '--data=zoo.data.Shapes',
     '--data.patch_size=16',
     '--data.batch_size=4',
-    '--data.turns=4',
+    '--data.ask=[colour, count, position, relation]',
     '--data.train_images=40',
     '--data.val_images=16',
     '--data.test_images=16',
@@ -94,17 +95,25 @@ def test_forced_exact_match_is_that_of_generation(run):
     from transformers import AutoModelForImageTextToText
 
     model = AutoModelForImageTextToText.from_pretrained(run / 'model').eval()
-    data = Shapes(patch_size=16, test_images=200, num_workers=0, eval_batch_size=100)
+    data = Shapes(patch_size=16, test_images=64, num_workers=0, eval_batch_size=64)
     data.setup()
-    right = []
-    for batch in data.test_dataloader():
-        with torch.no_grad():
-            logits, target, turns = answer_logits(model, batch)
-        forced = ((logits.argmax(-1) == target) | (turns < 0)).all(1).tolist()
-        said = generate_answers(model, batch['prompts'], data.processor.tokenizer, 4)
-        assert forced == [a == t[0] for a, t in zip(said, batch['answer'])]
-        right += forced
-    assert 0 < sum(right) < len(right)
+    batch = next(iter(data.test_dataloader()))
+    said = generate_answers(model, batch['prompts'], data.processor.tokenizer, 4)
+    assert forced(model, batch) == [a == t[0] for a, t in zip(said, batch['answer'])]
+    # with its own answers for truth, where it came to an end
+    own = [
+        Sample([(question[0], answer)], [image])
+        for question, answer, image in zip(batch['question'], said, batch['image'])
+        if 0 < len(answer.split()) < 4
+    ]
+    assert own
+    assert all(forced(model, data.encoder()(own)[0]))
+
+
+@torch.no_grad()
+def forced(model, batch):
+    logits, target, turns = answer_logits(model, batch)
+    return ((logits.argmax(-1) == target) | (turns < 0)).all(1).tolist()
 
 
 def test_resume_is_bit_exact(run, tmp_path, monkeypatch):
@@ -141,8 +150,6 @@ def batch():
 def test_logits_are_those_of_the_whole_sequence(batch):
     processor, batch = batch
     net = build_vlm(NET, processor).eval()
-    from zoo.data.chat import model_inputs
-
     with torch.no_grad():
         logits, target, turns = answer_logits(net, batch)
         whole = net(**model_inputs(batch)).logits[:, :-1]

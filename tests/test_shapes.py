@@ -15,7 +15,7 @@ SMALL = {'num_workers': 0, 'batch_size': 4, 'train_images': 16, 'val_images': 8,
 
 
 def draw(count, **kwargs):
-    return _scenes.draw_batch(3, [0] * count, list(range(count)), size=48, **{'turns': 8, **kwargs})
+    return _scenes.draw_batch(3, [0] * count, list(range(count)), size=48, **{'kinds': 2 * _scenes.TYPES, **kwargs})
 
 
 def scene_of(pixels):
@@ -60,7 +60,7 @@ def answer_to(question, objects):
 
 @pytest.mark.parametrize('held_out', [False, True])
 def test_answers_are_what_the_pixels_show(held_out):
-    drawn = draw(60, held_out=held_out, ramp=None if held_out else 1)
+    drawn = draw(60, held_out=held_out, easy_epochs=int(not held_out))
     right, asked = 0, 0
     for pixels, turns in zip(drawn.pixels, drawn.turns):
         objects = scene_of(pixels)
@@ -79,7 +79,7 @@ def test_answers_are_what_the_pixels_show(held_out):
 
 def test_answers_are_balanced():
     counts = collections.defaultdict(collections.Counter)
-    for turns in draw(8000, held_out=True, turns=1).turns:
+    for turns in draw(8000, held_out=True, kinds=None).turns:
         counts[turns[0][0]][turns[0][2]] += 1
     assert list(counts) == list(_scenes.TYPES)
     for kind, answers in counts.items():
@@ -92,12 +92,14 @@ def test_answers_are_balanced():
 def test_held_out_pairs_are_only_held_out():
     held = {' '.join(pair) for pair in held_out_pairs()}
     assert len(held) == 8
-    for turns in draw(400, ramp=1).turns:
+    for turns in draw(400, easy_epochs=1).turns:
         text = ' '.join(question + ' ' + answer for _, question, answer in turns)
         assert not any(pair in text for pair in held)
-    scenes = _scenes.plan(_scenes._Draws(np.random.RandomState(0).rand(500, 200).astype(np.float32)), held_out=True)
+    draws = _scenes._Draws(np.random.RandomState(0).rand(500, 200).astype(np.float32))
+    scenes = _scenes.plan(draws, held_out=True, sparse=np.zeros(500, bool))
+    assert scenes.there.sum(1).min() >= 3
     assert (scenes.colour[:, 0] == scenes.shape[:, 0]).all() and (scenes.colour[:, 4] == scenes.shape[:, 4]).all()
-    for kind, question, answer in (t[0] for t in draw(400, held_out=True, turns=1).turns):
+    for kind, question, answer in (t[0] for t in draw(400, held_out=True, kinds=None).turns):
         if kind == 'colour':
             assert f'{answer} {question.split()[-1]}' in held
         if kind in ('position', 'relation'):
@@ -105,12 +107,21 @@ def test_held_out_pairs_are_only_held_out():
 
 
 def test_sample_is_a_function_of_seed_epoch_and_index():
-    one = _scenes.draw_batch(1, [2], [7], 8, 48, ramp=1)
-    many = _scenes.draw_batch(1, [0, 2, 2], [7, 7, 8], 8, 48, ramp=1)
+    one = _scenes.draw_batch(1, [2], [7], _scenes.TYPES, 48, easy_epochs=3)
+    many = _scenes.draw_batch(1, [0, 2, 2], [7, 7, 8], _scenes.TYPES, 48, easy_epochs=3)
     assert np.array_equal(one.pixels[0], many.pixels[1]) and one.turns[0] == many.turns[1]
     assert not np.array_equal(many.pixels[0], many.pixels[1]) and many.turns[0] != many.turns[1]
-    other = _scenes.draw_batch(2, [2], [7], 8, 48, ramp=1)
+    other = _scenes.draw_batch(2, [2], [7], _scenes.TYPES, 48, easy_epochs=3)
     assert not np.array_equal(one.pixels[0], other.pixels[0])
+
+
+def test_easy_epochs():
+    """Sparse scenes and the turn for everything, in the first epochs alone."""
+    easy, later = (_scenes.draw_batch(1, [e] * 64, list(range(64)), _scenes.TYPES, 48, easy_epochs=2) for e in (1, 2))
+    assert {turns[-1][0] for turns in easy.turns} == {'what', 'where'}
+    assert all(len(turns) == 4 for turns in later.turns)
+    lit = [(drawn.pixels.max(-1) > 110).mean((1, 2)) for drawn in (easy, later)]
+    assert lit[0].min() < lit[1].min() and lit[0].mean() < lit[1].mean()
 
 
 def test_batch():
@@ -159,11 +170,11 @@ def test_processor_folder_round_trip(tmp_path):
     mine, theirs = (p(text=[text], images=[image], return_tensors='pt') for p in (data.processor, loaded))
     assert torch.equal(mine['input_ids'], theirs['input_ids'])
     assert torch.equal(mine['pixel_values'], theirs['pixel_values'])
-    expected = torch.from_numpy(image).permute(2, 0, 1) / 127.5 - 1
+    expected = torch.from_numpy(image).permute(2, 0, 1) / 255 - 0.2
     assert torch.allclose(mine['pixel_values'][0], expected, atol=1e-6)
 
 
-@pytest.mark.parametrize(('kwargs', 'words'), [({'size': 50}, 'multiple of 3'), ({'turns': 0}, 'positive')])
+@pytest.mark.parametrize(('kwargs', 'words'), [({'size': 50}, 'multiple of 3'), ({'ask': ()}, 'must not be empty')])
 def test_bad_settings(kwargs, words):
     with pytest.raises(ZooError, match=words):
         Shapes(**kwargs)

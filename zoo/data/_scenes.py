@@ -70,7 +70,7 @@ class Scenes:
         spare_colour: int64 (B,), a colour that does not occur.
         spare_shape: int64 (B,), a shape that does not occur.
         held_out: Whether the first object of both groups is a held-out pair.
-        sparse: Whether some scenes have lost objects.
+        sparse: bool (B,), which of them may have lost objects.
     """
 
     colour: np.ndarray
@@ -80,7 +80,7 @@ class Scenes:
     spare_colour: np.ndarray
     spare_shape: np.ndarray
     held_out: bool
-    sparse: bool
+    sparse: np.ndarray
 
     def name(self, row: int, item: int) -> str:
         return f'{tuple(COLOURS)[self.colour[row, item]]} {SHAPES[self.shape[row, item]]}'
@@ -112,13 +112,13 @@ def _flags(chosen: np.ndarray, there: np.ndarray) -> np.ndarray:
     return marked
 
 
-def plan(draw: _Draws, held_out: bool, limit: np.ndarray | None = None) -> Scenes:
+def plan(draw: _Draws, held_out: bool, sparse: np.ndarray) -> Scenes:
     """Draws what is in a batch of scenes.
 
     Args:
         draw: Random numbers.
         held_out: Whether the first object of both groups is a held-out pair; otherwise no object is.
-        limit: Most objects of each scene, int (B,); half of the scenes lose some more, though never all.
+        sparse: bool (B,): where to draw scenes of which half lose some of their objects, though never all.
     """
     count, kinds = len(draw.numbers), np.arange(len(SHAPES))
     # added to random keys before they are sorted: the forbidden last, the diagonal first or last
@@ -143,11 +143,10 @@ def plan(draw: _Draws, held_out: bool, limit: np.ndarray | None = None) -> Scene
     colours = np.concatenate([group_colours, np.repeat(colour[:, None], MOST, 1), single_colour[:, None]], 1)
     shapes = np.concatenate([np.repeat(shape[:, None], MOST, 1), group_shapes, single_shape[:, None]], 1)
     there = np.concatenate([has_a, has_b, np.ones((count, 1), bool)], 1)
-    if limit is not None:
-        # what to look for is learned where there is little to see, long before crowded scenes teach anything
-        most = np.where(draw(1)[:, 0] < 0.5, 1 + (draw(1)[:, 0] * limit).astype(np.int64), limit)
-        keys = np.where(there, draw(_OBJECTS), 2)
-        there &= np.argsort(np.argsort(keys, 1), 1) < most[:, None]
+    # some lose objects: what to look for is learned where there is little to see
+    most = np.where(sparse & (draw(1)[:, 0] < 0.5), 1 + draw.integer(_OBJECTS), _OBJECTS)
+    keys = np.where(there, draw(_OBJECTS), 2)
+    there &= np.argsort(np.argsort(keys, 1), 1) < most[:, None]
     return Scenes(
         colour=colours,
         shape=shapes,
@@ -156,7 +155,7 @@ def plan(draw: _Draws, held_out: bool, limit: np.ndarray | None = None) -> Scene
         spare_colour=np.argmin(draw(8) + never * used_colours, 1),
         spare_shape=np.argmin(draw(8) + never * used_shapes, 1),
         held_out=held_out,
-        sparse=limit is not None,
+        sparse=sparse,
     )
 
 
@@ -303,7 +302,7 @@ def _ask_all(scenes: Scenes, row: int, kinds: list[str], details: np.ndarray) ->
     turns = []
     for kind, numbers in zip(kinds, details):
         turn = _ASK[kind](scenes, row, numbers)
-        if turn is None and scenes.sparse:
+        if turn is None and scenes.sparse[row]:
             kind, turn = 'position', _position(scenes, row, numbers)
         if turn is None:
             return None
@@ -341,10 +340,10 @@ def draw_batch(
     seed: int,
     epochs: list[int],
     indices: list[int],
-    turns: int,
+    kinds: list[str] | None,
     size: int,
     held_out: bool = False,
-    ramp: int | None = None,
+    easy_epochs: int = 0,
 ) -> Questions:
     """Images with questions, a function of (seed, epoch, index) each.
 
@@ -352,32 +351,34 @@ def draw_batch(
         seed: Of the whole set.
         epochs: Epoch of each image.
         indices: Index of each image.
-        turns: Questions about each image. Their types go round in an order drawn for each image; a single question is
+        kinds: Types of the questions about each image, asked in an order drawn for each image; None for one question
             of type index modulo 4.
         size: Height and width of the images, a multiple of 3.
         held_out: Whether to draw held-out scenes and ask about their held-out objects.
-        ramp: Epochs over which scenes grow from two objects to all, half of them being sparse even then, and have a
-            turn that asks for everything, behind the questions so that it gives nothing away. None for full scenes.
+        easy_epochs: Until this epoch half of the scenes are sparse, every type is asked once, and a turn that asks for
+            everything stands behind the questions, where it gives nothing away.
     """
-    count = len(indices)
+    count, turns = len(indices), max(len(kinds), len(TYPES)) if kinds else 1
     pixels = np.empty((count, size, size, 3), np.uint8)
     asked: list[Any] = [None] * count
     pending, attempt = np.arange(count), 0
-    keys = torch.tensor(epochs), torch.tensor(indices)
-    limits = 2 + np.minimum((_OBJECTS - 2) * np.array(epochs) // max(ramp or 0, 1), _OBJECTS - 2)
+    keys, easy = (torch.tensor(epochs), torch.tensor(indices)), np.array(epochs) < easy_epochs
     while len(pending):
         # a scene on which a question cannot be asked is drawn anew, which is rare
         where = torch.from_numpy(pending)
-        need = _PER_SCENE + turns * _PER_TURN
+        need = _PER_SCENE + turns * (1 + _PER_TURN)
         draw = _Draws(keyed_uniform(derive_seed(seed, attempt), keys[0][where], keys[1][where], need).numpy())
-        scenes = plan(draw, held_out, None if ramp is None else limits[pending])
+        scenes = plan(draw, held_out, easy[pending])
         pixels[pending] = paint(scenes, draw, noise_bank(), size)
-        orders, mixed = np.argsort(draw(len(TYPES)), 1), draw(_OBJECTS)
+        orders, mixed = draw(turns), draw(_OBJECTS)
         details = draw(turns * _PER_TURN).reshape(-1, turns, _PER_TURN)
         for row, place in enumerate(pending):
-            order = orders[row] if turns > 1 else [indices[place] % len(TYPES)]
-            asked[place] = _ask_all(scenes, row, [TYPES[order[t % len(order)]] for t in range(turns)], details[row])
-            if ramp is not None and asked[place] is not None:
+            wanted = [TYPES[indices[place] % len(TYPES)]]
+            if kinds:
+                among = TYPES if easy[place] else kinds
+                wanted = [among[i] for i in np.argsort(orders[row, : len(among)])]
+            asked[place] = _ask_all(scenes, row, wanted, details[row])
+            if easy[place] and asked[place] is not None:
                 asked[place].append(_describe(scenes, row, mixed[row]))
         pending = np.array([place for place in pending if asked[place] is None], int)
         attempt += 1

@@ -6,7 +6,6 @@ from typing import Any
 
 PAD, UNKNOWN, END, USER, ASSISTANT, IMAGE = '<pad>', '<unk>', '<end>', '<user>', '<assistant>', '<image>'
 SPECIAL = (PAD, UNKNOWN, END, USER, ASSISTANT, IMAGE)
-MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
 # content is a text, or the list of {'type': 'image'} and {'type': 'text', 'text': ...} that transformers writes
 CHAT_TEMPLATE = (
@@ -47,13 +46,15 @@ def word_tokenizer(words: list[str]) -> Any:
     )
 
 
-def word_processor(words: list[str], size: int, patch_size: int) -> Any:
+def word_processor(words: list[str], size: int, patch_size: int, mean: float = 0.5, std: float = 0.5) -> Any:
     """A processor that AutoProcessor saves and loads: images of one size, a token for each patch.
 
     Args:
         words: See word_tokenizer.
         size: Height and width that images are resized to.
         patch_size: Side of what one image token stands for.
+        mean: Subtracted from pixels in 0..1.
+        std: What they are then divided by.
 
     Returns:
         transformers.LlavaProcessor.
@@ -61,7 +62,7 @@ def word_processor(words: list[str], size: int, patch_size: int) -> Any:
     from transformers import LlavaProcessor, SiglipImageProcessor
 
     square = {'height': size, 'width': size}
-    images = SiglipImageProcessor(size=square, image_mean=list(MEAN), image_std=list(STD), do_convert_rgb=True)
+    images = SiglipImageProcessor(size=square, image_mean=[mean] * 3, image_std=[std] * 3, do_convert_rgb=True)
     return LlavaProcessor(
         image_processor=images,
         tokenizer=word_tokenizer(words),

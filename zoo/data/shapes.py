@@ -9,14 +9,14 @@ Four types of questions, with short answers that are equally frequent within a t
 
 Eight pairs of colour and shape (held_out_pairs) never occur in training. Every validation and test image holds two
 objects of such pairs, and its one question is about them. Training images carry several questions, which are new in
-every epoch. With `ramp` they begin with two objects and get fuller, and behind the questions comes `what`, answered by
-two words for each cell, or `where`, answered by the place of every object: a small model learns to see sooner.
+every epoch. In the first `easy_epochs` half of them are sparse, and behind the questions comes `what`, answered by two
+words for each cell, or `where`, answered by the place of every object: a small model learns to see sooner.
 Batches are described in `zoo.data.chat`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from zoo.data import _scenes
 from zoo.data._scenes import held_out_pairs
@@ -43,14 +43,16 @@ class _Drawn:
     Args:
         split: Its name.
         count: Its size.
-        turns: Questions about each image.
+        kinds: Types of the questions about each image; None for one question, the types in turn.
         size: Height and width of the images.
         seed: Of the whole set.
-        ramp: See Shapes.
+        easy_epochs: See Shapes.
     """
 
-    def __init__(self, split: str, count: int, turns: int, size: int, seed: int, ramp: int | None = None) -> None:
-        self.split, self.count, self.turns, self.size, self.ramp = split, count, turns, size, ramp
+    def __init__(
+        self, split: str, count: int, kinds: list[str] | None, size: int, seed: int, easy_epochs: int = 0
+    ) -> None:
+        self.split, self.count, self.kinds, self.size, self.easy_epochs = split, count, kinds, size, easy_epochs
         self.seed = derive_seed(seed, _SPLITS.index(split))
 
     def __len__(self) -> int:
@@ -63,7 +65,7 @@ class _Drawn:
         training = self.split == 'train'
         epochs, indices = [epoch if training else 0 for epoch, _ in keys], [index for _, index in keys]
         drawn = _scenes.draw_batch(
-            self.seed, epochs, indices, self.turns, self.size, held_out=not training, ramp=self.ramp
+            self.seed, epochs, indices, self.kinds, self.size, held_out=not training, easy_epochs=self.easy_epochs
         )
         return [
             Sample(
@@ -82,9 +84,9 @@ class Shapes(ChatData):
     Args:
         size: Height and width of the images in pixels, a multiple of 3 and of patch_size.
         patch_size: Side of what one image token stands for, as in the model's vision tower.
-        turns: Questions about each training image.
-        ramp: Epochs over which training images grow from two objects to all; half of them are sparse even then, and
-            a last turn asks for everything. Null trains on full images and questions alone.
+        ask: Types of the questions about each training image, which are asked in random order.
+        easy_epochs: Epochs in which half of the training images are sparse, every type is asked once, and a last turn
+            asks for everything.
         train_images: Images of an epoch; every epoch draws new ones.
         val_images: Images (each with one question) in validation, the same in every run of one seed.
         test_images: The same for test.
@@ -96,8 +98,8 @@ class Shapes(ChatData):
         self,
         size: int = 48,
         patch_size: int = 12,
-        turns: int = 8,
-        ramp: int | None = 4,
+        ask: tuple[Literal['colour', 'count', 'position', 'relation'], ...] = 2 * _scenes.TYPES,
+        easy_epochs: int = 4,
         train_images: int = 6400,
         val_images: int = 1024,
         test_images: int = 4096,
@@ -107,18 +109,21 @@ class Shapes(ChatData):
         super().__init__(**kwargs)
         if size % 3 or size % patch_size:
             raise ZooError(f'data.size {size} must be a multiple of 3 and of data.patch_size {patch_size}')
-        if min(turns, train_images, val_images, test_images) < 1:
-            raise ZooError('data.turns, train_images, val_images and test_images must be positive')
-        self.size, self.patch_size, self.turns, self.ramp, self.seed = size, patch_size, turns, ramp, seed
+        if not ask or min(train_images, val_images, test_images) < 1:
+            raise ZooError('data.ask must not be empty; train_images, val_images and test_images must be positive')
+        self.size, self.patch_size, self.ask, self.easy_epochs, self.seed = size, patch_size, ask, easy_epochs, seed
         self.counts = {'train': train_images, 'val': val_images, 'test': test_images}
 
     def open_splits(self) -> None:
-        self.splits = {'train': _Drawn('train', self.counts['train'], self.turns, self.size, self.seed, self.ramp)}
+        train = _Drawn('train', self.counts['train'], list(self.ask), self.size, self.seed, self.easy_epochs)
+        self.splits = {'train': train}
         for split in ('val', 'test'):
-            self.splits[split] = _Drawn(split, self.counts[split], 1, self.size, self.seed)
+            self.splits[split] = _Drawn(split, self.counts[split], None, self.size, self.seed)
 
     def build_processor(self) -> Any:
-        return word_processor(vocabulary(), self.size, self.patch_size)
+        # pixels not scaled up: SigLIP's table of positions starts small, and a network that hardly sees where a patch
+        # lies learns nothing but colours for a long time
+        return word_processor(vocabulary(), self.size, self.patch_size, mean=0.2, std=1.0)
 
     @property
     def question_types(self) -> list[str]:
