@@ -18,7 +18,14 @@ from zoo.tasks._distill_report import ALL, Measured, margin_kept
 from zoo.tasks._distill_stages import Plan, Stage, set_trainable, stage_optimizer
 from zoo.tasks._distill_student import Student, hidden_states, output_head, rebuild
 
-DATA = {'batch_size': 4, 'train_images': 20, 'val_images': 4, 'test_images': 12, 'turns': 2, 'num_workers': 0}
+DATA = {
+    'batch_size': 4,
+    'train_images': 20,
+    'val_images': 4,
+    'test_images': 12,
+    'ask': ['colour', 'count'],
+    'num_workers': 0,
+}
 STAGES = [
     {'name': 'new', 'train': ['new'], 'max_steps': 3, 'optim': {'lr': 1e-2}, 'wsd': {'warmup': 1, 'decay': 1}},
     {'name': 'qkv', 'train': ['new', 'qkv'], 'max_steps': 3, 'optim': {'lr': 5e-3}, 'wsd': {'warmup': 1}},
