@@ -82,6 +82,15 @@ def test_takes_two_steps(path, images, tmp_path, monkeypatch, capsys):
         classes = config['model']['init_args']['num_classes']
         overrides += [f'--data.path={parquet(tmp_path / "data", classes)}', f'--data.cache_dir={tmp_path / "cache"}']
         overrides += ['--data.batch_size=2', '--data.num_workers=0']
+    if config['data']['class_path'].endswith('ImageQuestions'):
+        overrides += [
+            f'--data.images.path={parquet(tmp_path / "data", 10)}',
+            '--data.batch_size=2',
+            '--data.num_workers=0',
+        ]
+        overrides += [f'--data.images.cache_dir={tmp_path / "cache"}']
+    if config['data']['class_path'].endswith('Shapes'):
+        overrides += ['--data.train_images=4', '--data.val_images=4', '--data.batch_size=2', '--data.num_workers=0']
     if config['model']['init_args'].get('distill'):
         overrides += [
             '--model.distill.teacher=test_resnet',

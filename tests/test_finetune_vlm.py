@@ -100,20 +100,16 @@ def test_forced_exact_match_is_that_of_generation(run):
     batch = next(iter(data.test_dataloader()))
     said = generate_answers(model, batch['prompts'], data.processor.tokenizer, 4)
     assert forced(model, batch) == [a == t[0] for a, t in zip(said, batch['answer'])]
-    # with its own answers for truth, where it came to an end
-    own = [
-        Sample([(question[0], answer)], [image])
-        for question, answer, image in zip(batch['question'], said, batch['image'])
-        if 0 < len(answer.split()) < 4
-    ]
-    assert own
-    assert all(forced(model, data.encoder()(own)[0]))
+    # with its own words for truth; a network this raw seldom ends an answer, so the end is left out
+    own = [Sample([(q[0], answer)], [image]) for q, answer, image in zip(batch['question'], said, batch['image'])]
+    assert all(forced(model, data.encoder()(own)[0], but_end=True))
 
 
 @torch.no_grad()
-def forced(model, batch):
+def forced(model, batch, but_end=False):
     logits, target, turns = answer_logits(model, batch)
-    return ((logits.argmax(-1) == target) | (turns < 0)).all(1).tolist()
+    ignored = (turns < 0) | (but_end & (target == model.generation_config.eos_token_id))
+    return ((logits.argmax(-1) == target) | ignored).all(1).tolist()
 
 
 def test_resume_is_bit_exact(run, tmp_path, monkeypatch):
@@ -196,7 +192,7 @@ def test_mismatches_are_refused_before_training(tmp_path, capsys):
     small = {**NET, 'text_config': {**TEXT, 'vocab_size': 20}}
     args = ['fit', *COMMON, f'--run.root={tmp_path}']
     assert main([*args, f'--model.net={json.dumps(small)}']) == 2
-    assert 'the processor has 45 tokens, the model (llava) only 20' in capsys.readouterr().err
+    assert 'the processor has 44 tokens, the model (llava) only 20' in capsys.readouterr().err
     others = [a for a in COMMON if not a.startswith('--data')]
     assert main(['fit', *others, '--data=zoo.data.Digits', f'--run.root={tmp_path}']) == 2
     assert 'Digits has no conversations' in capsys.readouterr().err

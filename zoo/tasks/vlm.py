@@ -327,6 +327,7 @@ def build_vlm(net: str | dict[str, Any], processor: Any) -> nn.Module:
     Raises:
         ZooError: There is no such model, or no such type.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForImageTextToText
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -354,7 +355,7 @@ def build_vlm(net: str | dict[str, Any], processor: Any) -> nn.Module:
         config = AutoConfig.for_model(kind, **{**known, **given, 'text_config': text})
         with keyed_randomness(run_seed()):
             model = AutoModelForImageTextToText.from_config(config)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+    except (StrictDataclassError, TypeError, ValueError, KeyError, AttributeError) as error:
         raise ZooError(f'cannot build a {kind} model from model.net: {error}') from error
     for key, value in ids.items():
         setattr(model.generation_config, key, value)
