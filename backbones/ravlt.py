@@ -21,10 +21,9 @@ from timm.layers import DropPath, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_function
 from torch import Tensor, nn
 from zoo.backbones._features import PyramidMixin, squeeze_linears, unwrap_checkpoint
-from zoo.backbones._layers import LayerNorm, add_pending, add_then_norm, draw_drop_path, is_bare
+from zoo.backbones._layers import LayerNorm, add_pending, add_then_norm, draw_drop_path
 from zoo.kernels.depthwise_conv import DepthwiseConv2d, depthwise_conv2d
 from zoo.kernels.linear_attention import rank_augmented
-from zoo.kernels.rank_augmented import rank_augmented_mixer
 from zoo.kernels.rope import apply_rope, axial_rope_tables
 
 __all__ = ['RAVLT', 'RankAugmentedAttention', 'SoftmaxAttention']
@@ -33,7 +32,6 @@ STEM_STRIDES = {4: (2, 2), 2: (2, 1), 1: (1, 1)}
 
 register_notrace_function(depthwise_conv2d)
 register_notrace_function(rank_augmented)
-register_notrace_function(rank_augmented_mixer)
 
 
 @register_notrace_function
@@ -115,10 +113,8 @@ class RankAugmentedAttention(GatedAttention):
     kind = 'rank-augmented linear attention (linear)'
 
     def attend(self, qkvo: Tensor, height: int, width: int) -> Tensor:
-        if not is_bare(self.lepe):
-            q, k, v, o = qkvo.chunk(4, 2)
-            return rank_augmented(q, k, v, height=height, width=width, lepe=self.local(v, height, width), gate=o)
-        return rank_augmented_mixer(qkvo, self.lepe.weight, self.lepe.bias, height=height, width=width)
+        q, k, v, o = qkvo.chunk(4, 2)
+        return rank_augmented(q, k, v, height=height, width=width, lepe=self.local(v, height, width), gate=o)
 
 
 class SoftmaxAttention(GatedAttention):

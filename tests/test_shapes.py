@@ -60,7 +60,7 @@ def answer_to(question, objects):
 
 @pytest.mark.parametrize('held_out', [False, True])
 def test_answers_are_what_the_pixels_show(held_out):
-    drawn = draw(60, held_out=held_out, easy_epochs=int(not held_out))
+    drawn = draw(100, held_out=held_out, easy_epochs=int(not held_out))
     right, asked = 0, 0
     for pixels, turns in zip(drawn.pixels, drawn.turns):
         objects = scene_of(pixels)
