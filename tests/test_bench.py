@@ -240,7 +240,8 @@ def test_vlm(tmp_path):
     assert cli_bench([*argv, '--output', str(path), '--plot', str(picture)]) == 0
     result = json.loads(path.read_text())
     rows = {(r['row'], r['length']): r for r in result['results']}
-    names = {'linear', 'hybrid', 'teacher', 'teacher captured', 'teacher compiled', 'teacher without cache'}
+    teachers = {'teacher', 'teacher captured', 'teacher compiled', 'teacher without cache', 'llama'}
+    names = {'linear', 'hybrid', *teachers}
     assert result['complete'] and {n for n, _ in rows} == names and picture.stat().st_size > 10_000
     assert all(rows[name, n]['decode_ms'] > 0 for name in ('linear', 'hybrid', 'teacher captured') for n in (24, 40))
     pair = next(r for r in result['ratios'] if (r['row'], r['peer'], r['length']) == ('linear', 'teacher', 40))
