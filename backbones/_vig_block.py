@@ -17,13 +17,13 @@ from zoo.backbones._layers import LayerNorm, Normed, Pending, PreNormBlock, RMSN
 from zoo.kernels.block_tail import Norm, block_tail, fits_block_tail
 from zoo.kernels.depthwise_conv import DepthwiseConv2d, depthwise_conv2d
 from zoo.kernels.gla import bidirectional_gla, gated_local_mix, log_gates
-from zoo.kernels.swiglu import swiglu
+from zoo.kernels.swiglu import fits_swiglu_linear, swiglu, swiglu_linear
 
 __all__ = ['HierSwiGLU', 'SwiGLU', 'ViGMixer', 'ViGPreNormBlock', 'swiglu_width']
 
 GATE_LOGIT_NORMALIZER = 16
 
-for _op in (bidirectional_gla, depthwise_conv2d, gated_local_mix, log_gates, swiglu):
+for _op in (bidirectional_gla, depthwise_conv2d, gated_local_mix, log_gates, swiglu, swiglu_linear):
     register_notrace_function(_op)
 
 
@@ -140,6 +140,13 @@ def swiglu_width(dim: int, multiple: int) -> int:
     return math.ceil(int(dim * 4 * 2 / 3) / multiple) * multiple
 
 
+def _up(layer: nn.Module, x: Tensor) -> Tensor:
+    """The product before the activation and the activation, which are one kernel where they can be."""
+    if _is_plain(layer) and fits_swiglu_linear(x):
+        return swiglu_linear(x, layer.weight)
+    return swiglu(layer(x))
+
+
 class SwiGLU(nn.Module):
     """(SiLU(a) * b) W_out with [a | b] = x W_in, under plain ViG's key names."""
 
@@ -149,7 +156,7 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(hidden, dim, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(x)))
+        return self.down_proj(_up(self.gate_proj, x))
 
     def layers(self) -> tuple[nn.Module, nn.Module]:
         """The product before the activation and the one behind it."""
@@ -165,7 +172,7 @@ class HierSwiGLU(nn.Module):
         self.fc2 = nn.Linear(hidden, dim, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(swiglu(self.fc1(x)))
+        return self.fc2(_up(self.fc1, x))
 
     def layers(self) -> tuple[nn.Module, nn.Module]:
         """The product before the activation and the one behind it."""

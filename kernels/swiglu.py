@@ -3,7 +3,11 @@
 x (..., 2m) holds a in the first m channels and b in the others, as one matrix product writes them; y is (..., m). The
 product is computed in fp32 and stored in x's dtype; the backward pass computes silu again.
 
-FLOP convention: none are counted, as for PyTorch's own elementwise functions.
+`swiglu_linear` is silu(a) * b of [a | b] = x W^T, for inference: W (2m, C). Where its Triton kernel runs, [a | b] is
+not written to memory; it has no backward pass, so where gradients are needed the product and `swiglu` run one by one.
+
+FLOP convention: none are counted for the elementwise part, as for PyTorch's own functions; two per multiply-add of the
+matrix product.
 """
 
 from __future__ import annotations
@@ -11,10 +15,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 from zoo.kernels import _dispatch
 from zoo.kernels._op import Op
 
-__all__ = ['naive_swiglu', 'swiglu']
+__all__ = ['fits_swiglu_linear', 'naive_swiglu', 'swiglu', 'swiglu_linear']
 
 
 def naive_swiglu(x: Tensor) -> Tensor:
@@ -61,3 +66,55 @@ def swiglu(x: Tensor) -> Tensor:
         return _op(x)
     a, b = x.chunk(2, -1)
     return F.silu(a) * b
+
+
+def _linear_forward(x: Tensor, weight: Tensor) -> Tensor:
+    return _dispatch.triton_module('swiglu').swiglu_linear(x, weight)
+
+
+_linear_op = Op(
+    'zoo::swiglu_linear', _linear_forward, lambda x, weight: x.new_empty((*x.shape[:-1], weight.shape[0] // 2))
+)
+
+
+@register_flop_formula(torch.ops.zoo.swiglu_linear)
+def _linear_flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
+    return 2 * torch.Size(x_shape).numel() * weight_shape[0]
+
+
+@torch.compiler.assume_constant_result
+def _supported(dtype: torch.dtype, channels: int) -> bool:
+    return _dispatch.triton_module('swiglu').unsupported(dtype, channels) is None
+
+
+def fits_swiglu_linear(x: Tensor) -> bool:
+    """Whether `swiglu_linear` is one kernel for these rows, with no gradient wanted.
+
+    Where it is not, it has nothing over the ops that it is made of.
+    """
+    if not isinstance(x, Tensor) or torch.is_grad_enabled() or _dispatch.forced() == 'naive' or x.numel() == 0:
+        return False
+    return _dispatch.takes_triton('swiglu', x) and _supported(x.dtype, x.shape[-1])
+
+
+def swiglu_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """silu(a) * b of [a | b] = x W^T.
+
+    Args:
+        x: (..., C), of any floating dtype.
+        weight: (2m, C): the rows that go through SiLU, then the others.
+
+    Returns:
+        (..., m) in x's dtype.
+
+    Raises:
+        ValueError: for shapes that do not fit, naming the argument.
+    """
+    if weight.ndim != 2 or weight.shape[0] % 2 or weight.shape[1:] != x.shape[-1:]:
+        raise ValueError(
+            f'swiglu_linear: weight must be (2m, {x.shape[-1]}) for x {tuple(x.shape)}, got {tuple(weight.shape)}'
+        )
+    weight = weight.to(x.dtype)
+    if fits_swiglu_linear(x):
+        return _linear_op(x, weight.contiguous())
+    return swiglu(F.linear(x, weight))

@@ -89,6 +89,24 @@ def test_swiglu(backend):
 
 
 @pytest.mark.parametrize('backend', BACKENDS)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+def test_swiglu_linear(dtype, backend):
+    """The product with the activation in it, of strided rows; with gradients the ops that it is made of."""
+    for rows, channels, hidden in ((37, 96, 40), (1, 32, 17), (5, 64, 16)):
+        x, w = draw(2, rows, channels + 16, dtype=dtype)[..., :channels], draw(2 * hidden, channels) * 0.2
+        w = w.to(dtype).float()
+        expected = swiglu.naive_swiglu(x.double() @ w.double().T)
+        with zoo.kernel_backend(backend):
+            with torch.no_grad():
+                assert swiglu.fits_swiglu_linear(x) == (backend == 'triton')
+                y = swiglu.swiglu_linear(x, w)
+            again = swiglu.swiglu_linear(x, w.clone().requires_grad_())
+        limit = 1e-5 if dtype == torch.float32 else 1e-2
+        assert y.dtype == again.dtype == dtype and again.requires_grad
+        assert relative_rms(y, expected) < limit and relative_rms(again, expected) < limit
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
 @pytest.mark.parametrize('heads, dim', [(3, 64), (2, 24), (1, 16)])
 def test_gated_local_mix(heads, dim, backend):
     """Slices of a wider projection are read in place; eps counts where the scan's output is small."""
@@ -261,6 +279,7 @@ def test_wrong_arguments_are_named():
         'gamma must be': lambda: norm.rms_norm(x, w, residual=x, gamma=torch.ones(5)),
         'there is none': lambda: norm.rms_norm(x, w, gamma=w),
         'sample_scale must have': lambda: norm.rms_norm(x, w, residual=x, sample_scale=torch.ones(5)),
+        'swiglu_linear: weight': lambda: swiglu.swiglu_linear(torch.randn(2, 5), torch.randn(4, 4)),
         'must be even': lambda: swiglu.swiglu(torch.randn(2, 5)),
         'weight must be': lambda: mix.log_gates(x, torch.ones(8, 3), torch.ones(8)),
         'bias must be': lambda: mix.log_gates(x, torch.ones(8, 16), torch.ones(3)),

@@ -94,11 +94,13 @@ def activate_row(tiles, N: tl.constexpr, ACT: tl.constexpr):
 
 
 @triton.jit
-def load_taps(ptr, step, N: tl.constexpr, CENTRE: tl.constexpr, FOLD: tl.constexpr):
-    """The weight, one tile per tap; with FOLD the skip is part of it, as one more unit of the tap in the centre."""
+def load_taps(weight, c, C, N: tl.constexpr, WHOLE: tl.constexpr, FOLD: tl.constexpr):
+    """The weight (C, N), one fp32 tile per tap; with FOLD the skip is one more unit of the tap in the centre."""
     taps = ()
+    CENTRE: tl.constexpr = N // 2
     for n in tl.static_range(N):
-        tap = tl.load(ptr + n * step)
+        tap = tl.load(weight + c * N + n) if WHOLE else tl.load(weight + c * N + n, mask=c < C, other=0.0)
+        tap = tap.to(tl.float32)
         if FOLD and n == CENTRE:
             tap += 1.0
         taps = taps + (tap,)
@@ -114,7 +116,7 @@ def depthwise_kernel_out(
 ):  # fmt: skip
     """activation(conv(u) + bias) (+ u), or with GRAD the gradient dy * activation'(conv(u) + bias).
 
-    Strides (batch, row, column) are in units of A elements; weight is (K * K, CB * BC) fp32.
+    Strides (batch, row, column) are in units of A elements; weight is (C, K * K).
     """
     P: tl.constexpr = K // 2
     N: tl.constexpr = M + K - 1
@@ -132,7 +134,7 @@ def depthwise_kernel_out(
         ok = ok & (c < C)
     xh = xh.to(tl.int64) * A
     every = c + tl.zeros([BN, 1], tl.int32)
-    taps = load_taps(weight + every, CB * BC, K * K, K * K // 2, RESIDUAL and ACT is None)
+    taps = load_taps(weight, every, C, K * K, WHOLE, RESIDUAL and ACT is None)
     offset = tl.zeros([BN, BC], tl.float32)
     if BIAS:
         offset += tl.load(bias + every, mask=ok, other=0.0).to(tl.float32)
@@ -198,7 +200,7 @@ def depthwise_kernel_gradients(
     xh = xh.to(tl.int64) * A
     gh = gh.to(tl.int64) * A
     zero = tl.zeros([BN, BC], tl.float32)
-    taps = load_taps(weight + c + tl.zeros([BN, 1], tl.int32), CB * BC, K * K, K * K // 2, FOLD)
+    taps = load_taps(weight, c + tl.zeros([BN, 1], tl.int32), C, K * K, WHOLE, FOLD)
     dw = ()
     for _ in tl.static_range(K * K):
         dw = dw + (zero,)
@@ -353,14 +355,6 @@ def _channels_last(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _taps(weight: torch.Tensor, columns: int) -> torch.Tensor:
-    """The weight as rows of channels, (k * k, columns) fp32: what a tap needs then lies side by side."""
-    C, _, K, _ = weight.shape
-    taps = torch.empty(K * K, columns, dtype=torch.float32, device=weight.device)
-    taps[:, :C].copy_(weight.reshape(C, K * K).t())
-    return taps
-
-
 def _unit(*maps: torch.Tensor) -> int:
     """The largest power of two up to 16 that divides the number of channels and all strides: see `alignment`."""
     bits = alignment(*maps) | maps[0].shape[-1]
@@ -371,7 +365,7 @@ def _strides(x: torch.Tensor, unit: int) -> list[int]:
     return [s // unit for s in x.stride()[:3]]
 
 
-def _out(x, taps, bias, dy, residual, activation, pre_activation, dtype, K):
+def _out(x, weight, bias, dy, residual, activation, pre_activation, dtype, K):
     """The forward kernel; with dy the gradient of conv(u) + bias."""
     B, H, W, C = x.shape
     out = torch.empty(B, H, W, C, dtype=dtype, device=x.device)
@@ -386,7 +380,7 @@ def _out(x, taps, bias, dy, residual, activation, pre_activation, dtype, K):
     )  # fmt: skip
     sizes = *_strides(x, unit), *_strides(x if dy is None else dy, unit), *tiles.sizes
     grid = tiles.count * tiles.blocks, 1, 1
-    launch(depthwise_kernel_out, grid, (x, taps, bias, dy, out), sizes, consts, registers=cfg.registers)
+    launch(depthwise_kernel_out, grid, (x, weight, bias, dy, out), sizes, consts, registers=cfg.registers)
     return out
 
 
@@ -408,9 +402,8 @@ def depthwise_conv2d_fwd(x, weight, bias, residual, activation, pre_activation, 
     x = _channels_last(x)
     if x.numel() == 0:
         return torch.empty(x.shape, dtype=out_dtype, device=x.device)
-    K, C = weight.shape[-1], x.shape[-1]
-    taps = _taps(weight, ceil_div(C, block(C)) * block(C))
-    return _out(x, taps, bias, None, residual, activation, pre_activation, out_dtype, K)
+    weight = weight if weight.is_contiguous() else weight.contiguous()
+    return _out(x, weight, bias, None, residual, activation, pre_activation, out_dtype, weight.shape[-1])
 
 
 def depthwise_conv2d_bwd(x, weight, bias, dy, residual, activation, pre_activation):
@@ -424,10 +417,10 @@ def depthwise_conv2d_bwd(x, weight, bias, dy, residual, activation, pre_activati
     if x.numel() == 0:
         return dx, dweight.zero_(), None if bias is None else dbias.zero_()
     padded = ceil_div(C, block(C)) * block(C)
-    taps = _taps(weight, padded)
+    weight = weight if weight.is_contiguous() else weight.contiguous()
     g = dy
     if activation is not None:
-        g = _out(x, taps, bias, dy, residual, activation, pre_activation, dy.dtype, K)
+        g = _out(x, weight, bias, dy, residual, activation, pre_activation, dy.dtype, K)
 
     cfg = BACKWARD[K]
     unit = _unit(x, g, dy)
@@ -441,7 +434,7 @@ def depthwise_conv2d_bwd(x, weight, bias, dy, residual, activation, pre_activati
         FOLD=residual and not skip, SKIP=skip,
     )  # fmt: skip
     sizes = *_strides(x, unit), *_strides(g, unit), *_strides(dy, unit), *tiles.sizes, tiles.count, share
-    tensors = x, taps, g, dy if skip else None, dx, shares
+    tensors = x, weight, g, dy if skip else None, dx, shares
     grid = programs * tiles.blocks, 1, 1
     launch(depthwise_kernel_gradients, grid, tensors, sizes, consts, registers=cfg.registers)
     consts = dict(TAPS=K * K, BP=64, BC=32, BIAS=bias is not None)

@@ -1,12 +1,27 @@
-"""SwiGLU's product on GPUs: silu(a) * b of rows [a | b], each way one pass over memory."""
+"""SwiGLU's product on GPUs: silu(a) * b of rows [a | b], each way one pass over memory.
+
+`swiglu_linear` has the matrix product before it in the same kernel: a program makes a tile of a and the same tile of b
+side by side, so that [a | b], twice as wide as the result, is never written.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from zoo.kernels._triton._common import ceil_div, launch, next_power, token_rows
+from zoo.kernels._triton._common import (
+    ceil_div,
+    compute_types,
+    interpreting,
+    launch,
+    load_tile,
+    next_power,
+    store_tile,
+    token_rows,
+)
 
 _BLOCK = 256  # columns
 _TILE = 2048  # elements
@@ -36,6 +51,70 @@ def swiglu_bwd_kernel(x, dy, dx, N, SX: tl.constexpr, M: tl.constexpr, BM: tl.co
     to = dx + rows[:, None] * (2 * M) + cols[None, :]
     tl.store(to, (g * b * s * (1.0 + a * (1.0 - s))).to(dx.dtype.element_ty), mask=inside)
     tl.store(to + M, (g * a * s).to(dx.dtype.element_ty), mask=inside)
+
+
+class Config(NamedTuple):
+    """Rows and columns of a tile of the result, channels of a step of the product, warps, stages of the loop."""
+
+    bn: int
+    bm: int
+    bk: int
+    warps: int
+    stages: int
+
+
+def config(C: int) -> Config:
+    """The fixed table of `swiglu_linear`; every row has a case in tests/gpu/check_fused.py."""
+    if interpreting():
+        return Config(16, 16, 16, 4, 2)
+    return Config(128, 64, 64 if C % 64 == 0 else 32, 8, 3)
+
+
+def unsupported(dtype: torch.dtype, C: int) -> str | None:
+    """Why `swiglu_linear` cannot take rows of C numbers, or None."""
+    if dtype not in (torch.bfloat16, torch.float16) and not interpreting():
+        return f'dtype {str(dtype).removeprefix("torch.")}'
+    return None if C % 32 == 0 else f'{C} channels are no multiple of 32'
+
+
+@triton.jit(do_not_specialize=['N'])
+def swiglu_linear_kernel(
+    x, weight, y, N, SX: tl.constexpr, C: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
+    BK: tl.constexpr, STAGES: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """Programs of neighbouring numbers share rows of x, all of whose columns they make; the weight stays in L2."""
+    blocks: tl.constexpr = (M + BM - 1) // BM
+    rows = (tl.program_id(0) // blocks).to(tl.int64) * BN + tl.arange(0, BN)
+    cols = tl.program_id(0) % blocks * BM + tl.arange(0, BM)
+    ok = rows < N
+    inside = cols < M
+    channels = tl.arange(0, BK)
+    a = tl.zeros((BN, BM), tl.float32)
+    b = tl.zeros((BN, BM), tl.float32)
+    for k in tl.range(0, C, BK, num_stages=STAGES):
+        t = load_tile(x + k, rows, channels, SX, ok, BK, BK).to(CT)
+        w = load_tile(weight + k, cols, channels, C, inside, BK, BK).to(CT)
+        a = tl.dot(t, tl.trans(w), a, input_precision=PREC)
+        w = load_tile(weight + M * C + k, cols, channels, C, inside, BK, BK).to(CT)
+        b = tl.dot(t, tl.trans(w), b, input_precision=PREC)
+    store_tile(y, a * tl.sigmoid(a) * b, rows, cols, M, ok, M, BM * blocks)
+
+
+def swiglu_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """silu(a) * b of [a | b] = x W^T: x (..., C), weight (2m, C) contiguous -> (..., m)."""
+    M, C = weight.shape[0] // 2, x.shape[-1]
+    y = torch.empty((*x.shape[:-1], M), dtype=x.dtype, device=x.device)
+    N = x.numel() // C
+    x, SX = token_rows(x)
+    cfg = config(C)
+    ct, prec = compute_types(x.dtype)
+    if x.dtype == torch.float16 and not interpreting():
+        ct = tl.float16  # one factor is an activation, the other a weight: nothing that could overflow
+    consts = {'SX': SX, 'C': C, 'M': M, 'BN': cfg.bn, 'BM': cfg.bm, 'BK': cfg.bk, 'STAGES': cfg.stages, 'CT': ct,
+              'PREC': prec}  # fmt: skip
+    launch(swiglu_linear_kernel, (ceil_div(N, cfg.bn) * ceil_div(M, cfg.bm), 1, 1), (x, weight, y), (N,), consts,
+           cfg.warps, cfg.stages)  # fmt: skip
+    return y
 
 
 def _run(kernel, x: Tensor, *others: Tensor) -> None:

@@ -1,5 +1,7 @@
 """Times and checks choices for the tables of block_tail.py and conv_norm.py at ViG-T's shapes (1024 px, batch 16).
 
+And of swiglu.py's product with the activation in it at ViG-S's (224 px, batch 256), beside the two ops it replaces.
+
     python tests/gpu/sweep_block_tail.py
 
 Per choice: milliseconds with the L2 cache cold, relative RMS against the formula in fp64 over the first rows. A choice
@@ -18,13 +20,17 @@ from harness import rms
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import test_block_tail
 import test_conv_norm
-from zoo.kernels import block_tail, conv_norm
+from zoo.kernels import block_tail, conv_norm, swiglu
 from zoo.kernels._triton import block_tail as tails
 from zoo.kernels._triton import conv_norm as convs
+from zoo.kernels._triton import swiglu as products
 
 TAILS = [(128, 64, 8, 2), (128, 64, 8, 3), (128, 32, 8, 3), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 3)]
 FEW = [(64, 32, 4, 2), (64, 32, 4, 3), (64, 64, 4, 2), (32, 64, 4, 2), (128, 32, 8, 2)]
 MANY = [(128, 32, 8, 4), (128, 32, 8, 3), (128, 16, 8, 4), (64, 32, 4, 4), (64, 32, 4, 3)]
+
+PRODUCTS = [(128, 64, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 8, 2), (128, 64, 64, 8, 4),
+            (128, 64, 64, 4, 3), (64, 128, 64, 4, 3), (256, 64, 64, 8, 3)]  # fmt: skip
 
 
 def sweep(name: str, choices: list[tuple], module, run, expected: torch.Tensor) -> None:
@@ -48,6 +54,11 @@ def main() -> None:
     exact = {k: v if isinstance(v, block_tail.Norm) else wide(v) for k, v in given.items()}
     expected = block_tail.naive_block_tail(**exact)[0]
     sweep('block_tail', TAILS, tails, lambda: block_tail.block_tail(**given)[0], expected)
+    x, w = (torch.randn(n, 384, device='cuda').bfloat16() for n in (50176, 2048))
+    w *= 0.05
+    expected = swiglu.naive_swiglu(x[:4096].double() @ w.double().T)
+    sweep('swiglu_linear', PRODUCTS, products, lambda: swiglu.swiglu_linear(x, w), expected)
+    sweep('its two ops', [PRODUCTS[0]], products, lambda: swiglu.swiglu(x @ w.T), expected)
     for name, choices, case in (
         ('conv_norm, few', FEW, ((16, 3, 1024, 1024), 96, 9, 8, 1, 'silu', False)),
         ('conv_norm, many', MANY, ((16, 96, 128, 128), 192, 3, 2, 1, None, True)),
