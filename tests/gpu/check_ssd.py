@@ -72,6 +72,21 @@ def run(arguments: list[Tensor | None], grads: list[Tensor], cu: Tensor | None) 
     return {'y': y.detach(), 'final': final.detach()} | {f'd{n}': g for n, g in zip(names, found)}
 
 
+def cancellation(arguments: list[Tensor | None], grads: list[Tensor], cu: Tensor | None) -> float:
+    """Root of the summed squares of the terms of dA, one per token, over its norm; about 1 for independent signs.
+
+    The gradient of A is a sum over all tokens in which nearly everything may cancel. In bf16 each term carries the
+    rounding of what a chunk writes to the state, which the sum keeps: of the cases here (2, 700, ..., 'strong') with
+    seed 0 cancels to a 17th, and rounding alone, emulated in fp64, leaves the 2.0e-2 that the kernels show.
+    """
+    x, dt, A, B, C, _, state = arguments
+    decay = (dt * A.abs()).requires_grad_()  # dt A' with A' = -1, while what is written stays dt x
+    x = (x * dt.unsqueeze(-1)) / torch.where(decay == 0, 1.0, decay).unsqueeze(-1)
+    out = ssd(x, decay, -torch.ones_like(A), B, C, initial_state=state, output_final_state=True, cu_seqlens=cu)
+    terms = torch.autograd.grad(out, decay, grads)[0] * dt
+    return (terms.norm() / terms.sum((0, 1)).norm()).item()
+
+
 def steps(arguments: list[Tensor | None]) -> dict[str, Tensor]:
     """The first token by both forms of the single step."""
     x, dt, A, B, C, D, state = arguments
@@ -116,7 +131,9 @@ def _check(say, shard: tuple[int, int], dtype: torch.dtype, seeds: tuple[int, ..
                 with zoo.kernel_backend('torch'):
                     expected = run(exact, [g.double() for g in grads], cu)
                     expected |= steps(exact) if single else {}
+                    terms = cancellation(exact, [g.double() for g in grads], cu)
                 limits = {n: gate if n in ('ddt', 'dA') else plain for n in expected}
+                limits['dA'] = max(gate, plain * terms)
 
                 def both(arguments=arguments, grads=grads, cu=cu, single=single) -> dict[str, Tensor]:
                     with zoo.kernel_backend('triton'), torch.no_grad():
