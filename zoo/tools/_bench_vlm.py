@@ -9,6 +9,7 @@ memory what PyTorch allocated at most, weights included. Rows, and what a user t
 | linear, hybrid | mmMamba; softmax layers 0, 4, ..., 28 in the hybrid | inside `zoo.vlm.fast_decode` |
 | teacher captured | HoVLE | inside `zoo.vlm.fast_decode` |
 | teacher | HoVLE | as it is: key-value cache, eager |
+| llama | transformers' Llama in HoVLE's sizes | as it is: key-value cache, eager |
 | teacher compiled | transformers' Llama in HoVLE's sizes | `cache_implementation='static'`, which compiles the step |
 | teacher without cache | HoVLE | `use_cache=False`, what its repository's code does; a few tokens only |
 """
@@ -32,7 +33,7 @@ from torch import nn
 
 from zoo.errors import ZooError
 from zoo.tools._guard import in_words, recover, time_limit
-from zoo.tools._timing import conditions, sync, write_json
+from zoo.tools._timing import conditions, gpu_rates, rates_in_words, sync, write_json
 
 LENGTHS = (4096, 16384, 65536, 103000, 262144, 1048576)
 # layers that stay softmax in the published hybrid
@@ -69,15 +70,16 @@ class Row:
         return sorted({mine[0], mine[-1]}) if mine and self.ends else mine
 
 
-# The longest prompt of the hybrid takes a minute or two, so it comes last.
+# What matters most comes first: the longest prompt of the hybrid and what follows it take minutes.
 ROWS = {
     'linear': Row('linear', fast=True),
     'hybrid': Row('hybrid', 262144, fast=True),
     'teacher': Row('teacher', 103000, 17),
     'teacher captured': Row('teacher', 262144, fast=True),
-    'teacher compiled': Row('llama', 103000, 33, options=(('cache_implementation', 'static'),), ends=True),
-    'teacher without cache': Row('teacher', 103000, 3, options=(('use_cache', False),), ends=True),
+    'llama': Row('llama', 103000, 17, ends=True),
     'hybrid, longest': Row('hybrid', fast=True, shortest=262145),
+    'teacher without cache': Row('teacher', 103000, 3, options=(('use_cache', False),), ends=True),
+    'teacher compiled': Row('llama', 65536, 33, options=(('cache_implementation', 'static'),), ends=True),
 }
 
 
@@ -89,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--dtype', choices=('bf16', 'fp16', 'fp32'), help='of the weights; default: bf16, on CPUs fp32')
     parser.add_argument('--prefill-chunk', type=int, default=16384, metavar='N', help='tokens of a piece of the prompt')
     parser.add_argument('--quick', action='store_true', help='four small layers in place of the real sizes')
-    parser.add_argument('--row-seconds', type=float, default=150, metavar='S', help='longest measurement')
+    parser.add_argument('--row-seconds', type=float, default=240, metavar='S', help='longest measurement; default: 240')
     parser.add_argument('--plot', type=Path, metavar='PNG', help='draw speed and memory over the length')
 
 
@@ -180,7 +182,7 @@ def _measure(model: nn.Module, row: Row, length: int, args: argparse.Namespace) 
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     found = [generate(model, length, tokens, **options)]
-    if row.model != 'llama' and tokens > 3 and length <= 131072:  # the first call fills the allocator's pools
+    if not row.options and tokens > 3 and length <= 131072:  # the first call fills the allocator's pools
         found.append(generate(model, length, tokens, **options))
     prefill, gaps = found[-1]
     said = {'prefill_s': round(prefill, 4), 'tokens': len(gaps) + 1}
@@ -230,19 +232,19 @@ def _rows(name: str, row: Row, model: nn.Module, args: argparse.Namespace) -> It
 
 
 def compare(rows: list[dict]) -> list[dict]:
-    """Students against the teacher as it is and against its fastest row, at each length.
+    """Students against the teacher in all its rows, and against Llama, at each length.
 
     Args:
         rows: what was measured; those with an error are left out.
 
     Returns:
-        Per student, teacher row and length: how many times faster the student decodes and reads its prompt, and the
+        Per student, other row and length: how many times faster the student decodes and reads its prompt, and the
         share of memory it saves.
     """
     good = [r for r in rows if 'error' not in r]
     found = []
-    for row in (r for r in good if not r['row'].startswith('teacher')):
-        for peer in (r for r in good if r['row'].startswith('teacher') and r['length'] == row['length']):
+    for row in (r for r in good if r['row'] in ('linear', 'hybrid')):
+        for peer in (r for r in good if r['row'] not in ('linear', 'hybrid') and r['length'] == row['length']):
             pair = {'row': row['row'], 'peer': peer['row'], 'length': row['length']}
             for key in ('decode_ms', 'prefill_s'):
                 if row.get(key) and peer.get(key):
@@ -303,7 +305,10 @@ def bench_vlm(args: argparse.Namespace) -> dict:
     """
     dtype = {'bf16': torch.bfloat16, 'fp16': torch.float16, 'fp32': torch.float32}[args.dtype]
     settings = {k: getattr(args, k) for k in _SETTINGS}
-    result = {'bench': 'vlm', **conditions(args.device), **settings, 'complete': False, 'results': []}
+    rates = gpu_rates(args.device)
+    result = {'bench': 'vlm', **conditions(args.device), **settings, **rates, 'complete': False, 'results': []}
+    if rates:
+        print(rates_in_words(rates), flush=True)
     model, built = None, None
     for name, row in chosen(args).items():
         if not row.prompts(args.lengths):
@@ -320,7 +325,9 @@ def bench_vlm(args: argparse.Namespace) -> dict:
             print('  ' + ', '.join(f'{k} {v}' for k, v in said.items()), flush=True)
             write_json(args.output, result)
         torch._dynamo.reset()
-    result |= {'complete': True, 'ratios': compare(result['results'])}
+    model = None
+    after = {'rates_after': gpu_rates(args.device)} if rates else {}
+    result |= {**after, 'complete': True, 'ratios': compare(result['results'])}
     _print(result)
     if args.plot:
         plot(result['results'], args.plot)
