@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from timm.layers import DropPath
 from torch import Tensor, nn
+from torch.nn.attention.bias import CausalBias
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -36,6 +37,7 @@ from transformers.models.llama.modeling_llama import (
 from zoo.backbones._hovle_config import HoVLEConfig
 from zoo.backbones._hovle_generation import HoVLEGeneration
 from zoo.backbones._layers import RMSNorm
+from zoo.backbones._pieces import attend_piece
 
 __all__ = ['HoVLEAttention', 'HoVLEConfig', 'HoVLEForConditionalGeneration', 'HoVLELayer']
 
@@ -103,6 +105,9 @@ class HoVLEAttention(nn.Module):
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
+        if isinstance(attention_mask, CausalBias):
+            out = attend_piece(query, key, value, self.scaling).transpose(1, 2)
+            return self.wo(out.reshape(batch, length, -1)), None
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.dropout if self.training else 0.0
         out, weights = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)

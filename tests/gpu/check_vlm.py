@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F
 from harness import DEVICE, LIMITS, main, verdict
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 from zoo.kernels import decode
 from zoo.kernels.causal_conv import causal_conv
 from zoo.kernels.norm import gated_rms_norm
 
 import zoo
-from zoo.tools._timing import graph_ms
+from zoo.tools._timing import graph_ms, wall_ms
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 PRODUCTS = [(2048, 2048), (8192, 2048), (2048, 8192), (4096, 2048), (92553, 2048), (17, 896), (151, 1040)]
@@ -164,6 +165,33 @@ def _layer(say, dtype: torch.dtype) -> int:
     return bad
 
 
+@torch.no_grad()
+def _pieces(say, dtype: torch.dtype) -> int:
+    """Attention of a piece of a prompt in a key-value buffer, by blocks where PyTorch prefers cuDNN and in one go."""
+    from zoo.backbones._pieces import _cudnn_is_chosen, attend_piece
+
+    bad = 0
+    for length, total in [(4096, 4096), (4096, 5 * 4096), (4096, 8 * 4096), (3000, 9000)]:
+        q = draw(1, length, 4, 128, dtype=dtype).transpose(1, 2)
+        keys, values = (draw(1, 2, total + 256, 128, dtype=dtype)[:, :, :total] for _ in range(2))
+        seen = torch.ones(length, total, device=DEVICE, dtype=torch.bool).tril(total - length)
+        rows = []
+        for head in range(4):
+            scores = (q[0, head].double() @ keys[0, head // 2].double().T * 0.2).masked_fill_(~seen, float('-inf'))
+            rows.append(scores.softmax(-1) @ values[0, head // 2].double())
+
+        def run(q=q, keys=keys, values=values) -> dict[str, Tensor]:
+            return {'y': attend_piece(q, keys, values, 0.2)}
+
+        good, errors = verdict(
+            run, {'y': torch.stack(rows)[None]}, 2 * LIMITS[dtype][0], (dtype, 'piece', length, total)
+        )
+        bad += not good
+        cudnn = _cudnn_is_chosen(q, keys, values, 0.2)
+        say(what='piece', dtype=str(dtype)[6:], queries=length, keys=total, cudnn=cudnn, **errors)
+    return bad
+
+
 def _model(kind: str, dtype: torch.dtype):
     """Four layers with HoVLE's head size."""
     from zoo.backbones import hovle, mmmamba
@@ -293,6 +321,20 @@ def _times(say) -> None:
     q = draw(1, 16, 128, dtype=torch.bfloat16)
     ms = graph_ms([lambda: decode.decode_attention(q, *keys, count)], 20)
     say(what='decode_attention 103000', us=ms * 1e3, tb_per_s=4 * 8 * 103000 * 128 / ms / 1e9)
+    from zoo.backbones import _pieces
+
+    q = draw(1, 16384, 16, 128, dtype=torch.bfloat16).transpose(1, 2)
+    for pieces in (1, 4, 6):
+        part = [t[:, :, : 16384 * pieces] for t in keys]
+        flops = 4 * 16 * 128 * 16384**2 * (pieces - 0.5)
+        first = wall_ms(lambda p=part: _pieces.attend_piece(q, *p, 0.1), DEVICE)
+        chosen = min(wall_ms(lambda p=part: _pieces.attend_piece(q, *p, 0.1), DEVICE) for _ in range(5))
+        bias = causal_lower_right(16384, 16384 * pieces)
+        whole = [t.repeat_interleave(2, 1) for t in part]
+        flash = min(wall_ms(lambda w=whole, b=bias: F.scaled_dot_product_attention(q, *w, attn_mask=b), DEVICE)
+                    for _ in range(5))  # fmt: skip
+        say(what='piece of 16384', keys=16384 * pieces, first_ms=first, ms=chosen,
+            tflops=flops / chosen / 1e9, one_product_ms=flash)  # fmt: skip
 
 
 def check(say, dtypes=(torch.float32, torch.float16, torch.bfloat16)) -> int:
@@ -301,6 +343,7 @@ def check(say, dtypes=(torch.float32, torch.float16, torch.bfloat16)) -> int:
     for dtype in dtypes:
         torch.manual_seed(0)
         bad += _differentiable(say, dtype) + _products(say, dtype) + _layer(say, dtype)
+        bad += _pieces(say, dtype)
         if dtype != torch.float16:
             bad += _generate(say, dtype)
     if torch.bfloat16 in dtypes:
