@@ -98,9 +98,7 @@ def linear_kernel(
     ok = rows < count
     value = _products(x, w, rows, ok, C, BK, AHEAD)
     if SWIGLU:
-        value = value.to(y.dtype.element_ty).to(tl.float32)
-        other = _products(x, w1, rows, ok, C, BK, AHEAD)
-        value = value * tl.sigmoid(value) * other.to(y.dtype.element_ty).to(tl.float32)
+        value = value * tl.sigmoid(value) * _products(x, w1, rows, ok, C, BK, AHEAD)
     if BIASED > 0:
         value += tl.load(bias + rows, mask=ok & (biased > 0), other=0.0).to(tl.float32)
     out = base + rows
