@@ -344,6 +344,7 @@ def draw_batch(
     size: int,
     held_out: bool = False,
     easy_epochs: int = 0,
+    easy_kinds: list[str] | None = None,
 ) -> Questions:
     """Images with questions, a function of (seed, epoch, index) each.
 
@@ -355,10 +356,12 @@ def draw_batch(
             of type index modulo 4.
         size: Height and width of the images, a multiple of 3.
         held_out: Whether to draw held-out scenes and ask about their held-out objects.
-        easy_epochs: Until this epoch half of the scenes are sparse, every type is asked once, and a turn that asks for
+        easy_epochs: Until this epoch half of the scenes are sparse, easy_kinds are asked, and a turn that asks for
             everything stands behind the questions, where it gives nothing away.
+        easy_kinds: Types of the questions in those epochs; None for kinds.
     """
-    count, turns = len(indices), max(len(kinds), len(TYPES)) if kinds else 1
+    easy_kinds = easy_kinds or kinds or []
+    count, turns = len(indices), max(len(kinds), len(easy_kinds)) if kinds else 1
     pixels = np.empty((count, size, size, 3), np.uint8)
     asked: list[Any] = [None] * count
     pending, attempt = np.arange(count), 0
@@ -375,7 +378,7 @@ def draw_batch(
         for row, place in enumerate(pending):
             wanted = [TYPES[indices[place] % len(TYPES)]]
             if kinds:
-                among = TYPES if easy[place] else kinds
+                among = easy_kinds if easy[place] else kinds
                 wanted = [among[i] for i in np.argsort(orders[row, : len(among)])]
             asked[place] = _ask_all(scenes, row, wanted, details[row])
             if easy[place] and asked[place] is not None:

@@ -46,13 +46,11 @@ class _Drawn:
         kinds: Types of the questions about each image; None for one question, the types in turn.
         size: Height and width of the images.
         seed: Of the whole set.
-        easy_epochs: See Shapes.
+        easy: Further arguments of draw_batch.
     """
 
-    def __init__(
-        self, split: str, count: int, kinds: list[str] | None, size: int, seed: int, easy_epochs: int = 0
-    ) -> None:
-        self.split, self.count, self.kinds, self.size, self.easy_epochs = split, count, kinds, size, easy_epochs
+    def __init__(self, split: str, count: int, kinds: list[str] | None, size: int, seed: int, **easy: Any) -> None:
+        self.split, self.count, self.kinds, self.size, self.easy = split, count, kinds, size, easy
         self.seed = derive_seed(seed, _SPLITS.index(split))
 
     def __len__(self) -> int:
@@ -65,7 +63,7 @@ class _Drawn:
         training = self.split == 'train'
         epochs, indices = [epoch if training else 0 for epoch, _ in keys], [index for _, index in keys]
         drawn = _scenes.draw_batch(
-            self.seed, epochs, indices, self.kinds, self.size, held_out=not training, easy_epochs=self.easy_epochs
+            self.seed, epochs, indices, self.kinds, self.size, held_out=not training, **self.easy
         )
         return [
             Sample(
@@ -85,8 +83,9 @@ class Shapes(ChatData):
         size: Height and width of the images in pixels, a multiple of 3 and of patch_size.
         patch_size: Side of what one image token stands for, as in the model's vision tower.
         ask: Types of the questions about each training image, which are asked in random order.
-        easy_epochs: Epochs in which half of the training images are sparse, every type is asked once, and a last turn
-            asks for everything.
+        easy_epochs: Epochs in which half of the training images are sparse, easy_ask is asked, and a last turn asks for
+            everything.
+        easy_ask: Types of the questions in those epochs; None for ask.
         train_images: Images of an epoch; every epoch draws new ones.
         val_images: Images (each with one question) in validation, the same in every run of one seed.
         test_images: The same for test.
@@ -100,6 +99,7 @@ class Shapes(ChatData):
         patch_size: int = 12,
         ask: tuple[Literal['colour', 'count', 'position', 'relation'], ...] = 2 * _scenes.TYPES,
         easy_epochs: int = 4,
+        easy_ask: tuple[Literal['colour', 'count', 'position', 'relation'], ...] | None = None,
         train_images: int = 6400,
         val_images: int = 1024,
         test_images: int = 4096,
@@ -111,11 +111,12 @@ class Shapes(ChatData):
             raise ZooError(f'data.size {size} must be a multiple of 3 and of data.patch_size {patch_size}')
         if not ask or min(train_images, val_images, test_images) < 1:
             raise ZooError('data.ask must not be empty; train_images, val_images and test_images must be positive')
-        self.size, self.patch_size, self.ask, self.easy_epochs, self.seed = size, patch_size, ask, easy_epochs, seed
+        self.size, self.patch_size, self.ask, self.seed = size, patch_size, ask, seed
+        self.easy = {'easy_epochs': easy_epochs, 'easy_kinds': list(easy_ask or ask)}
         self.counts = {'train': train_images, 'val': val_images, 'test': test_images}
 
     def open_splits(self) -> None:
-        train = _Drawn('train', self.counts['train'], list(self.ask), self.size, self.seed, self.easy_epochs)
+        train = _Drawn('train', self.counts['train'], list(self.ask), self.size, self.seed, **self.easy)
         self.splits = {'train': train}
         for split in ('val', 'test'):
             self.splits[split] = _Drawn(split, self.counts[split], None, self.size, self.seed)

@@ -8,11 +8,13 @@ from typing import Any, Literal
 
 import timm
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import OptimInfo, create_optimizer_v2, list_optimizers
+from timm.optim._optim_factory import default_registry
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 
 from zoo.errors import ZooError
+from zoo.tasks.muon import Muon32
 
 
 @dataclass
@@ -20,7 +22,7 @@ class Optim:
     """The optimizer.
 
     Args:
-        name: A timm optimizer, see timm.optim.list_optimizers().
+        name: A timm optimizer, see timm.optim.list_optimizers(), or muon32 (zoo.tasks.muon).
         lr: Learning rate for a total batch of lr_per images.
         lr_per: lr, warm-up lr and minimal lr are multiplied by total batch / lr_per; null takes them as they are.
         weight_decay: Not applied to biases, other 1-D parameters and what the network lists in no_weight_decay().
@@ -77,6 +79,9 @@ def build_optimizer(net: nn.Module, optim: Optim, total_batch: int) -> torch.opt
         optim: Settings.
         total_batch: Images per optimizer step over all processes.
     """
+    if 'muon32' not in list_optimizers():
+        about = 'Muon with fp32 iterations, for CPUs'
+        default_registry.register(OptimInfo('muon32', Muon32, about, has_momentum=True, has_betas=True))
     options = dict(optim.options)
     if optim.betas:
         options['betas'] = tuple(optim.betas)
