@@ -22,8 +22,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument('model', help='folder or hub name of a diffusers pipeline')
     parser.add_argument('--prompt', required=True)
     parser.add_argument('--negative-prompt', metavar='TEXT')
-    parser.add_argument('--linfusion', default='auto', metavar='WEIGHTS', help='folder, file or hub name; auto (default): '
-                        'what the pipeline has, else the published weights that fit; none: softmax')  # fmt: skip
+    parser.add_argument('--linfusion', default='auto', metavar='WEIGHTS', help='folder, file, hub name, none for '
+                        'softmax or auto (default): what the pipeline has, else the published ones that fit')  # fmt: skip
     parser.add_argument('--size', metavar='WxH', help='default: the one that the model was trained at')
     parser.add_argument('--steps', type=int, default=50, metavar='N', help='of the schedule; default: 50')
     parser.add_argument('--guidance', type=float, default=7.5, metavar='X', help='default: 7.5; 1 for none')
