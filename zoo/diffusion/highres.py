@@ -87,7 +87,7 @@ def ladder(
     doublings = 0
     while min(width, height) >> (doublings + 1) >= native:
         doublings += 1
-    if doublings and (not strengths or not all(0 < s <= 1 and int(steps * s) > 0 for s in strengths)):
+    if doublings and (not strengths or not all(0 < s <= 1 and int(steps * s) > 0 for s in strengths[:doublings])):
         raise ZooError(f'every strength needs at least one of {steps} steps and at most all, got {strengths}')
     stages = []
     for level in range(doublings + 1):

@@ -22,8 +22,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument('model', help='folder or hub name of a diffusers pipeline')
     parser.add_argument('--prompt', required=True)
     parser.add_argument('--negative-prompt', metavar='TEXT')
-    parser.add_argument('--linfusion', default='auto', metavar='WEIGHTS', help='folder, file, hub name, none for '
-                        'softmax or auto (default): what the pipeline has, else the published ones that fit')  # fmt: skip
+    what = (
+        'folder, file, hub name, none for softmax, auto for what the pipeline has or else the published ones that fit'
+    )
+    parser.add_argument('--linfusion', default='auto', metavar='WEIGHTS', help=f'{what}; default: auto')
     parser.add_argument('--size', metavar='WxH', help='default: the one that the model was trained at')
     parser.add_argument('--steps', type=int, default=50, metavar='N', help='of the schedule; default: 50')
     parser.add_argument('--guidance', type=float, default=7.5, metavar='X', help='default: 7.5; 1 for none')
@@ -75,15 +77,26 @@ def load_pipeline(name: str, linfusion: str, dtype: torch.dtype):
     return pipe
 
 
-def _size(text: str) -> tuple[int, int]:
+def parse_size(text: str, option: str = '--size') -> tuple[int, int]:
+    """Width and height of `2048x1024`.
+
+    Args:
+        text: what was typed.
+        option: for which option.
+    """
     match = re.fullmatch(r'(\d+)[xX](\d+)', text)
     if not match:
-        raise ZooError(f'--size {text}: write it as 2048x1024, width first')
+        raise ZooError(f'{option} {text}: write it as 2048x1024, width first')
     return int(match[1]), int(match[2])
 
 
-def _write(images: torch.Tensor, target: Path) -> list[Path]:
-    """PNG files; of several images the names get numbers."""
+def write_images(images: torch.Tensor, target: Path) -> list[Path]:
+    """Write PNG files.
+
+    Args:
+        images: (B, 3, H, W) in [0, 1].
+        target: name of the file; those of several images get numbers.
+    """
     from PIL import Image
 
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -109,7 +122,7 @@ def cli_generate_image(argv: list[str]) -> int:
     if args.offload != 'none' and torch.device(device).type == 'cpu':
         raise ZooError(f'--offload {args.offload} keeps weights in main memory, where a CPU has them already')
     if args.size is not None:
-        _size(args.size)  # before any download
+        parse_size(args.size)  # before any download
     from zoo.diffusion.highres import STRENGTHS, Savings, check_memory, denoiser, generate, ladder, native_side
 
     dtypes = {'fp16': torch.float16, 'bf16': torch.bfloat16, 'fp32': torch.float32}
@@ -117,7 +130,7 @@ def cli_generate_image(argv: list[str]) -> int:
     pipe = load_pipeline(args.model, args.linfusion, dtype)
     if args.tile and args.tile % (4 * pipe.vae_scale_factor):
         raise ZooError(f'--tile must be a multiple of {4 * pipe.vae_scale_factor}, got {args.tile}')
-    width, height = _size(args.size) if args.size else 2 * (args.native or native_side(pipe),)
+    width, height = parse_size(args.size) if args.size else 2 * (args.native or native_side(pipe),)
     stages = ladder(pipe, width, height, args.steps, tuple(args.strengths or STRENGTHS), args.native)
     how = Savings(args.chunk_guidance, args.chunk_feed_forward, args.tile, args.offload)
     limit = None if args.memory_gb is None else int(args.memory_gb * 1e9)
@@ -138,7 +151,7 @@ def cli_generate_image(argv: list[str]) -> int:
     done = time.perf_counter()
     for row in report:
         print('  ' + ', '.join(f'{k} {v}' for k, v in row.items()))
-    paths = _write(images, args.output)
+    paths = write_images(images, args.output)
     written = time.perf_counter() - done
     print(f'generated in {done - start:.1f} s, written in {written:.1f} s: {", ".join(map(str, paths))}')
     return 0
