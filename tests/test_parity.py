@@ -13,8 +13,8 @@ from parity.weights import image_batch, state_dict
 import zoo
 
 HERE = Path(__file__).parent / 'parity'
-# language models have tests of their own
-CASES = sorted(p.stem for p in HERE.glob('*.json') if not p.stem.startswith(('hovle', 'mmmamba')))
+# language and diffusion models have tests of their own
+CASES = sorted(p.stem for p in HERE.glob('*.json') if not p.stem.startswith(('hovle', 'linfusion', 'mmmamba')))
 
 # Of the paper's variants: width(s), depth(s), parameters.
 PLAIN = {

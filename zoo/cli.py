@@ -19,6 +19,7 @@ TOOLS = {
     'bench': ('zoo.tools.bench', 'cli_bench'),
     'chat': ('zoo.tools.chat', 'cli_chat'),
     'eval-vlm': ('zoo.tools.eval_vlm', 'cli_eval_vlm'),
+    'generate-image': ('zoo.tools.generate_image', 'cli_generate_image'),
 }
 
 OVERVIEW = """\
@@ -34,6 +35,9 @@ Train and use
 Vision-language models
   chat MODEL --image FILE "QUESTION"                      ask one; MODEL is a folder or hub name
   eval-vlm MODEL --data FILE                              exact match, VQA accuracy, perplexity
+
+Diffusion models
+  generate-image MODEL --prompt TEXT [--size 4096x2048]   linear attention, also far beyond the trained size
 
 Look around
   list [FILTER]              models                       info NAME      parameters, MACs, weights, licence
