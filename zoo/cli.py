@@ -19,6 +19,7 @@ TOOLS = {
     'bench': ('zoo.tools.bench', 'cli_bench'),
     'chat': ('zoo.tools.chat', 'cli_chat'),
     'eval-vlm': ('zoo.tools.eval_vlm', 'cli_eval_vlm'),
+    'cache-latents': ('zoo.tools.cache_latents', 'cli_cache_latents'),
 }
 
 OVERVIEW = """\
@@ -34,6 +35,9 @@ Train and use
 Vision-language models
   chat MODEL --image FILE "QUESTION"                      ask one; MODEL is a folder or hub name
   eval-vlm MODEL --data FILE                              exact match, VQA accuracy, perplexity
+
+Diffusion models
+  cache-latents --pipeline NAME --data DATA --output DIR  encode images and captions once, before training
 
 Look around
   list [FILTER]              models                       info NAME      parameters, MACs, weights, licence

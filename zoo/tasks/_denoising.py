@@ -164,6 +164,15 @@ class Frame:
         if encoded:
             data.check(self)
 
+    def encoding(self) -> dict[str, Any]:
+        """What a cache of latents and embeddings has to agree in."""
+        config = self.unet_config
+        return {
+            'latent_channels': config.in_channels,
+            'embed_width': config.cross_attention_dim if config.encoder_hid_dim is None else config.encoder_hid_dim,
+            'scaling_factor': self.vae.config.scaling_factor,
+        }
+
     # inputs
 
     def draw(self, batch: dict[str, Any], dropout: float = 0.0, generator: torch.Generator | None = None) -> Denoising:

@@ -34,7 +34,7 @@ Init = Literal['teacher', 'random']
 
 
 class DistillUNet(LightningModule):
-    """Distils the self-attention of a UNet into linear attention; the run leaves the layers as LinFusion publishes them.
+    """Distils the self-attention of a UNet into linear attention; the run leaves the layers in LinFusion's layout.
 
     Args:
         teacher: A diffusers pipeline's folder or hub name, or the YAML of a run that trains it first, once, beside this
