@@ -22,29 +22,35 @@ back into softmax layers.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import json
 import re
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from zoo.kernels.linear_attention import linear_attention
 
 try:
     from diffusers import DiTTransformer2DModel, ModelMixin, PixArtTransformer2DModel, UNet2DConditionModel
     from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
-    from diffusers.models import attention_processor as processors
-    from diffusers.models.attention_processor import Attention
-    from diffusers.utils import logging
 except ImportError as error:
     raise ImportError('LinFusion needs the extra "diffusion": pip install "linear-zoo[diffusion]"') from error
+
+from zoo.backbones._linfusion_layer import (
+    Attention,
+    LinearSelfAttention,
+    describe,
+    differences,
+    middle_width,
+    normalised,
+    processors,
+    softmax_layers,
+    why_not,
+)
 
 __all__ = [
     'LinFusion',
@@ -54,230 +60,12 @@ __all__ = [
     'LinearUNet2DConditionModel',
 ]
 
-EPS = 1e-4
 # Per (modules, their (width, heads)): which of the published weights are for such a UNet.
 PUBLISHED = {
     (16, ((320, 8), (640, 8), (1280, 8))): 'Yuanshi/LinFusion-1-5',
     (16, ((320, 5), (640, 10), (1280, 20))): 'Yuanshi/LinFusion-2-1',
     (70, ((640, 10), (1280, 20))): 'Yuanshi/LinFusion-XL',
 }
-# What these do is what attn1 does without them: they have no weights and compute softmax attention.
-_STOCK = (
-    processors.AttnProcessor,
-    processors.AttnProcessor2_0,
-    processors.FusedAttnProcessor2_0,
-    processors.SlicedAttnProcessor,
-    processors.XFormersAttnProcessor,
-)
-
-logger = logging.get_logger(__name__)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The layer
-
-
-def middle_width(dim: int, rule: int | str | None) -> int | None:
-    """The width of the MLPs that a rule gives for a layer of width `dim`, as the published config writes it.
-
-    Args:
-        dim: channels of the layer.
-        rule: None for dim, -1 for no MLP, a width, or `div:16` for dim / 16.
-
-    Raises:
-        ValueError: for anything else.
-    """
-    if isinstance(rule, str) and re.fullmatch(r'div:[1-9]\d*', rule):
-        return max(1, dim // int(rule[4:]))
-    if rule is None or (isinstance(rule, int) and not isinstance(rule, bool) and rule >= -1):
-        return rule or None  # the published code takes 0 for None
-    raise ValueError(f'projection_mid_dim must be None, -1, a positive integer or "div:N", got {rule!r}')
-
-
-def _projection(dim: int, mid_dim: int | None) -> nn.Module:
-    if mid_dim == -1:
-        return nn.Identity()
-    mid_dim = mid_dim or dim
-    return nn.Sequential(nn.Linear(dim, mid_dim), nn.LayerNorm(mid_dim), nn.LeakyReLU(), nn.Linear(mid_dim, dim))
-
-
-@functools.cache
-def _say_once(processor: str) -> None:
-    logger.warning(f'{processor} has no effect on linear self-attention: LinearSelfAttention computes it itself')
-
-
-class LinearSelfAttention(Attention):
-    """Normalised linear self-attention in the place of a softmax `attn1`.
-
-    It is an `Attention` with its parameter names and a processor slot, so that everything in diffusers which walks over
-    attention modules finds what it expects; the processor in the slot is not called.
-
-    Args:
-        dim: channels.
-        heads: number of heads, a divisor of dim.
-        projection_mid_dim: width of the MLPs of queries and keys; None for dim, -1 for none (their input is 2x then).
-        bias: whether queries, keys and values have one.
-        out_bias: whether the output has one.
-        dropout: of the output.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        heads: int,
-        projection_mid_dim: int | None = None,
-        bias: bool = False,
-        out_bias: bool = True,
-        dropout: float = 0.0,
-    ):
-        if dim % heads:
-            raise ValueError(f'heads must divide dim, got {heads} and {dim}')
-        super().__init__(dim, heads=heads, dim_head=dim // heads, dropout=dropout, bias=bias, out_bias=out_bias)
-        self.to_q_ = _projection(dim, projection_mid_dim)
-        self.to_k_ = _projection(dim, projection_mid_dim)
-
-    def set_processor(self, processor) -> None:
-        """Keeps the processor, which is never called; one that is more than a way to compute softmax says so."""
-        if not isinstance(processor, _STOCK):
-            _say_once(type(processor).__name__)
-        super().set_processor(processor)
-
-    def fuse_projections(self, fuse: bool = True) -> None:
-        """Nothing: queries, keys and values have different inputs."""
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        **cross_attention_kwargs,
-    ) -> Tensor:
-        """Self-attention of (B, N, dim); what pipelines pass to every layer besides (`scale`, `gligen`, ...) is for others.
-
-        Raises:
-            ValueError: for anything to attend to but the tokens themselves, a mask, or another shape.
-        """
-        if encoder_hidden_states is not None:
-            raise ValueError('linear self-attention got encoder_hidden_states: it attends to its own tokens only')
-        if attention_mask is not None:
-            raise ValueError('linear self-attention got an attention_mask, and has no way to leave tokens out')
-        if hidden_states.ndim != 3:
-            raise ValueError(f'linear self-attention takes (B, N, dim), got {tuple(hidden_states.shape)}')
-        x = hidden_states
-        split = lambda y: y.unflatten(-1, (self.heads, -1))  # noqa: E731  (B, N, H, D)
-        q = F.elu(self.to_q(x + self.to_q_(x))) + 1
-        k = F.elu(self.to_k(x + self.to_k_(x))) + 1
-        o = linear_attention(split(q), split(k), split(self.to_v(x)), eps=EPS)
-        return self.to_out[1](self.to_out[0](o.flatten(2)))
-
-    def adopt(self, teacher: Attention) -> None:
-        """Start from a softmax layer: its projections, and MLPs that add nothing yet but receive a gradient.
-
-        Args:
-            teacher: the layer that is replaced.
-        """
-        with torch.no_grad():
-            for ours, theirs in ((self.to_q, teacher.to_q), (self.to_k, teacher.to_k), (self.to_v, teacher.to_v),
-                                 (self.to_out[0], teacher.to_out[0])):  # fmt: skip
-                ours.load_state_dict(theirs.state_dict())
-            for mlp in (self.to_q_, self.to_k_):
-                if not isinstance(mlp, nn.Identity):
-                    mlp[3].weight.zero_()
-                    mlp[3].bias.zero_()
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Which layers are replaced
-
-
-def softmax_layers(model: nn.Module) -> dict[str, Attention]:
-    """The self-attention layers of a diffusion model by name, in the order of the published files.
-
-    Args:
-        model: a UNet or DiT of diffusers.
-    """
-    return {n: m for n, m in model.named_modules() if isinstance(m, Attention) and 'attn1' in n.split('.')}
-
-
-def why_not(layer: Attention) -> str | None:
-    """Why a layer cannot be replaced, or None.
-
-    Args:
-        layer: what is to be replaced.
-    """
-    if isinstance(layer, LinearSelfAttention):
-        return 'it is linear already (detach() restores the softmax layers)'
-    if any(hasattr(m, 'base_layer') for m in layer.modules()):
-        return (
-            'it carries LoRA layers, which would be lost: unload them (pipeline.unload_lora_weights() or '
-            'delete_adapters), attach, load them again'
-        )
-    if layer.added_kv_proj_dim is not None:
-        return 'it attends to text and image tokens jointly'
-    if layer.is_cross_attention:
-        return 'it attends to the text (only_cross_attention)'
-    if layer.is_causal:
-        return 'it is causal'
-    if layer.norm_q is not None or layer.norm_k is not None:
-        return 'its queries and keys are normalised, which the linear layer has no place for'
-    if layer.group_norm is not None or layer.spatial_norm is not None or layer.residual_connection:
-        return 'it holds its own norm or residual connection'
-    if (
-        not layer.inner_dim == layer.inner_kv_dim == layer.query_dim == layer.out_dim
-        or layer.rescale_output_factor != 1
-    ):
-        return 'its widths differ or its output is rescaled'
-    if not isinstance(layer.to_out, nn.ModuleList):
-        return 'it has no output projection of its own'
-    if not isinstance(layer.processor, _STOCK):
-        return f'its processor {type(layer.processor).__name__} does more than softmax attention'
-    if hasattr(layer.to_q, '_hf_hook'):
-        return 'its weights are offloaded one by one: attach before enable_sequential_cpu_offload()'
-    return None
-
-
-def describe(layers: Mapping[str, Attention], rule: int | str | None) -> list[dict]:
-    """`modules_list` of the published config for these layers.
-
-    Args:
-        layers: by name.
-        rule: width of the MLPs, see `middle_width`.
-    """
-    entries = []
-    for name, layer in layers.items():
-        dim = layer.to_q.weight.shape[0]
-        entry = {'module_name': name, 'dim_n': dim, 'heads': layer.heads, 'projection_mid_dim': middle_width(dim, rule)}
-        if layer.to_q.bias is not None:
-            entry['bias'] = True  # DiTs; the published files know UNets, which have none
-        if layer.to_out[0].bias is None:
-            entry['out_bias'] = False
-        entries.append(entry)
-    return entries
-
-
-def _normalised(modules_list: Iterable) -> list[dict]:
-    """Both published forms of `modules_list` as the newer one: dictionaries."""
-    entries = []
-    for entry in modules_list:
-        if not isinstance(entry, Mapping):
-            name, dim, heads = entry  # older files
-            entry = {'module_name': name, 'dim_n': dim, 'heads': heads, 'projection_mid_dim': None}
-        entries.append(dict(entry))
-    return entries
-
-
-def _differences(ours: list[dict], theirs: list[dict]) -> str | None:
-    """The first thing in which weights for `theirs` do not fit a model with layers `ours`, or None."""
-    if len(ours) != len(theirs):
-        return f'they are for {len(theirs)} self-attention layers, the model has {len(ours)}'
-    for a, b in zip(ours, theirs):
-        for key, what in (('module_name', 'layer'), ('dim_n', 'width'), ('heads', 'number of heads')):
-            if a[key] != b[key]:
-                return f"{what} {b[key]} does not fit the model's {a[key]} ({a['module_name']})"
-        for key in ('bias', 'out_bias'):
-            if a.get(key) != b.get(key):
-                return f'{key} of {a["module_name"]} is another one'
-    return None
 
 
 def _checked_layers(model: nn.Module) -> dict[str, Attention]:
@@ -321,7 +109,7 @@ class LinFusion(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(self, modules_list: list):
         super().__init__()
-        entries = _normalised(modules_list)
+        entries = normalised(modules_list)
         self.register_to_config(modules_list=entries)
         for i, entry in enumerate(entries):
             options = {key: entry[key] for key in ('bias', 'out_bias') if key in entry}
@@ -392,8 +180,8 @@ class LinFusion(ModelMixin, ConfigMixin):
             return cls._from_tensors(ours, _read_tensors(Path(weights)), str(weights))
         if not Path(weights).is_dir() and not re.fullmatch(r'[\w.-]+/[\w.-]+', str(weights)):
             raise ValueError(f'weights: {weights} is no folder, no file and no name of a hub repository')
-        entries = _normalised(cls.load_config(str(weights)).get('modules_list') or [])
-        difference = _differences(ours, entries)
+        entries = normalised(cls.load_config(str(weights)).get('modules_list') or [])
+        difference = differences(ours, entries)
         if difference:
             raise ValueError(f'the weights {weights} are not for this model: {difference}')
         found, info = cls.from_pretrained(str(weights), output_loading_info=True)
@@ -436,7 +224,7 @@ class LinFusion(ModelMixin, ConfigMixin):
             raise ValueError('these layers are in a model already: detach() them, or load them a second time')
         target = _denoiser(model)
         layers = _checked_layers(target)
-        difference = _differences(describe(layers, None), self.config.modules_list)
+        difference = differences(describe(layers, None), self.config.modules_list)
         if difference:
             raise ValueError(f'these layers are not for this model: {difference}')
         for name, layer in self.layers.items():
@@ -476,7 +264,10 @@ class LinFusion(ModelMixin, ConfigMixin):
             _follow(teachers[name], layer)
         _place(model, teachers)
         model.__class__ = type(model)._base
-        model._internal_dict = FrozenDict({k: v for k, v in model.config.items() if k not in _OWN_CONFIG})
+        config = {k: v for k, v in model.config.items() if k not in _OWN_CONFIG}
+        if '_class_name' in config:  # saving left it there
+            config['_class_name'] = type(model).__name__
+        model._internal_dict = FrozenDict(config)
         del model.__dict__['_linfusion'], self.__dict__['_mounted']
         self._tell_pipeline(model)
         self.__dict__.pop('_pipeline', None)

@@ -29,3 +29,42 @@ def inputs(size=(8, 8), seed=1, batch=2):
 def step(model, size=(8, 8), **options):
     latents, t, text = inputs(size)
     return model(latents.to(model.dtype), t, text.to(model.dtype), **options).sample
+
+
+def pipeline(seed=0, **changes):
+    """Stable Diffusion in miniature; its tokenizer knows letters."""
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    torch.manual_seed(seed)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=('DownEncoderBlock2D',) * 2,
+        up_block_types=('UpDecoderBlock2D',) * 2,
+        norm_num_groups=4,
+        sample_size=16,
+    )
+    letters = 'abcdefghijklmnopqrstuvwxyz'
+    words = [*letters, *(x + '</w>' for x in letters), '<|startoftext|>', '<|endoftext|>']
+    text = CLIPTextConfig(
+        vocab_size=54,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=12,
+        bos_token_id=52,
+        eos_token_id=53,
+    )
+    found = StableDiffusionPipeline(
+        vae=vae.eval(),
+        text_encoder=CLIPTextModel(text).eval(),
+        tokenizer=CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[], model_max_length=12),
+        unet=unet(seed, **changes),
+        scheduler=DDIMScheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    found.set_progress_bar_config(disable=True)
+    return found

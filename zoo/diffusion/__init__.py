@@ -1,0 +1,53 @@
+"""Diffusion models with linear self-attention: importing this module lets diffusers load them by name.
+
+    import zoo.diffusion
+    from diffusers import DiffusionPipeline
+
+    pipeline = DiffusionPipeline.from_pretrained('stable-diffusion-v1-5/stable-diffusion-v1-5')
+    zoo.diffusion.LinFusion.attach(pipeline, 'auto')       # the published weights that fit its UNet
+    pipeline.save_pretrained('linear')                     # DiffusionPipeline.from_pretrained loads it
+
+diffusers finds classes of models by name in its own namespace, and has no other registry: there the linear classes are
+put. A UNet to train from scratch is `LinearUNet2DConditionModel(**config)`.
+"""
+
+from __future__ import annotations
+
+from zoo.errors import ZooError
+
+try:
+    import diffusers
+    from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+except ImportError as error:
+    raise ZooError('diffusion models need the extra "diffusion": pip install "linear-zoo[diffusion]"') from error
+
+from zoo.backbones import linfusion
+from zoo.backbones.linfusion import (
+    LinearDiTTransformer2DModel,
+    LinearPixArtTransformer2DModel,
+    LinearSelfAttention,
+    LinearUNet2DConditionModel,
+    LinFusion,
+)
+
+__all__ = [
+    'LinFusion',
+    'LinearDiTTransformer2DModel',
+    'LinearPixArtTransformer2DModel',
+    'LinearSelfAttention',
+    'LinearUNet2DConditionModel',
+    'register',
+]
+
+MODELS = (LinearUNet2DConditionModel, LinearPixArtTransformer2DModel, LinearDiTTransformer2DModel)
+
+
+def register() -> None:
+    """Make the linear classes known to diffusers; importing this module has done it already."""
+    for model in MODELS:
+        setattr(diffusers, model.__name__, model)
+    # a pipeline notes the module of its parts' classes, and loads from modules of this table only
+    LOADABLE_CLASSES.setdefault(linfusion.__name__, {'ModelMixin': ['save_pretrained', 'from_pretrained']})
+
+
+register()
