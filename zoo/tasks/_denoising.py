@@ -79,16 +79,20 @@ def load_pipeline(folder: str | Path, dtype: torch.dtype = torch.float32) -> Any
 @contextlib.contextmanager
 def quiet_diffusers() -> Any:
     """Keeps progress bars and warnings about unused parts of a pipeline off the console."""
-    from diffusers.utils import logging
+    from diffusers.utils import logging as ours
+    from transformers.utils import logging as theirs
 
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    levels = [(logging, logging.get_verbosity(), logging.is_progress_bar_enabled()) for logging in (ours, theirs)]
+    for logging, _, _ in levels:
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(level)
-        logging.enable_progress_bar()
+        for logging, level, bar in levels:
+            logging.set_verbosity(level)
+            if bar:
+                logging.enable_progress_bar()
 
 
 class Frame:

@@ -23,7 +23,7 @@ from zoo.tasks._unet_report import (
     timed,
     write_rows,
 )
-from zoo.tasks._unet_student import save_linear
+from zoo.tasks._unet_student import Student, save_linear
 from zoo.tasks.train_unet import count_usable, held_out_generator
 
 if TYPE_CHECKING:
@@ -72,14 +72,16 @@ def _inference(task: DistillUNet) -> Iterator[None]:
 
 def _evaluate(task: DistillUNet, report: Path) -> None:
     task.to(task.trainer.strategy.root_device)  # a strategy may have taken what was trained away
-    with _inference(task):
-        errors, noise = _held_out(task)
     frame, settings = task.frame, task.samples
+    students = {f'student, {init} init': student for init, student in task.students.items()}
+    if settings.untrained:
+        fresh = {f'the same, not distilled: {init}': task.new_student(task.teacher, init) for init in task.inits}
+        students |= fresh
+    with _inference(task):
+        errors, noise = _held_out(task, students)
     rows = [Row(REAL, 0), Row(TEACHER, 0, noise_mse=noise)]
-    names = {init: f'student, {init} init' if len(task.inits) > 1 else 'student, linear' for init in task.inits}
-    for init, (own, output, features) in errors.items():
-        rows.append(Row(names[init], 0, own, output, features))
-    unets = {TEACHER: task.teacher, **{names[i]: s.unet for i, s in task.students.items()}}
+    rows += [Row(name, 0, *values) for name, values in errors.items()]
+    unets = {TEACHER: task.teacher, **{name: student.unet for name, student in students.items()}}
     judged = 'nobody'
     if frame.classes is not None and settings.count:
         rows, judged = _judged(task, rows, unets, report)
@@ -95,11 +97,11 @@ def _evaluate(task: DistillUNet, report: Path) -> None:
     write_rows(report / 'table.json', rows, _conditions(task, judged))
 
 
-def _held_out(task: DistillUNet) -> tuple[dict[str, tuple[float, float, float]], float]:
+def _held_out(task: DistillUNet, students: dict[str, Student]) -> tuple[dict[str, tuple[float, float, float]], float]:
     """Means over the test split: noise error, distance to the teacher's output and features of each student; then the
     teacher's noise error."""
     data, frame = task.trainer.datamodule, task.frame
-    sums, teacher, count = {init: torch.zeros(3, dtype=torch.float64) for init in task.inits}, 0.0, 0
+    sums, teacher, count = {name: torch.zeros(3, dtype=torch.float64) for name in students}, 0.0, 0
     for number, batch in enumerate(data.test_dataloader()):
         batch = data.transfer_batch_to_device(batch, task.device, 0)
         batch = data.on_after_batch_transfer(batch, 0)
@@ -107,13 +109,13 @@ def _held_out(task: DistillUNet) -> tuple[dict[str, tuple[float, float, float]],
         if not size:
             continue
         step = frame.draw(batch, generator=held_out_generator(task.device, 0, number))
-        wanted, found = task.compare(step)
+        wanted, found = task.compare(step, students)
         count += size
         teacher += float(frame.noise_error(wanted, step).sum())
-        for init, (out, parts) in found.items():
+        for name, (out, parts) in found.items():
             own = float(frame.noise_error(out, step).mean())
-            sums[init] += size * torch.tensor([own, float(parts.output), float(parts.features)], dtype=torch.float64)
-    return {init: tuple((total / max(count, 1)).tolist()) for init, total in sums.items()}, teacher / max(count, 1)
+            sums[name] += size * torch.tensor([own, float(parts.output), float(parts.features)], dtype=torch.float64)
+    return {name: tuple((total / max(count, 1)).tolist()) for name, total in sums.items()}, teacher / max(count, 1)
 
 
 def _judged(task: DistillUNet, rows: list[Row], unets: dict[str, nn.Module], report: Path) -> tuple[list[Row], str]:
@@ -131,10 +133,11 @@ def _judged(task: DistillUNet, rows: list[Row], unets: dict[str, nn.Module], rep
     judged = f'a classifier that names {100 * rows[0].accuracy:.2f} % of the real ones'
     scored = [(row, unets[row.name]) for row in rows[1:]]
     for side in settings.sizes:
-        scored += [(Row(name, side), unet) for name, unet in unets.items()]
+        scored += [(Row(name, side), unet) for name, unet in unets.items() if 'not distilled' not in name]
     for row, unet in scored:
         with timed(task.device) as seconds, _inference(task):
-            images, labels = draw_classes(pipeline, unet, settings, settings.count, row.size)
+            count = settings.count if row.size == size else settings.sizes_count
+            images, labels = draw_classes(pipeline, unet, settings, count, row.size)
         row.samples, row.seconds = len(images), seconds[0]
         row.accuracy, row.frechet = verdict(images, labels)
         shown = min(len(images), pipeline.classes * settings.rows)

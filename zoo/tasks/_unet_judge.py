@@ -165,11 +165,11 @@ class Verdict:
         """Share of images of the right class, and Fréchet distance to the training images.
 
         Args:
-            images: (N, C, H, W) in -1..1; other sizes than the judge's are resized with antialiasing.
+            images: (N, C, H, W) in -1..1; other sizes than the judge's are averaged over areas.
             labels: int64 (N,).
         """
         if images.shape[-2:] != self.size:
-            images = F.interpolate(images, size=self.size, mode='bilinear', antialias=True, align_corners=False)
+            images = F.interpolate(images, size=self.size, mode='area')
         right = 0
         self.distance.reset()
         for part, truth in zip(images.split(self.batch_size), labels.split(self.batch_size)):

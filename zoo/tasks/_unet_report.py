@@ -30,6 +30,8 @@ class Samples:
         guidance: Scale of classifier-free guidance; 1 is none.
         batch_size: Images at a time.
         sizes: Sizes in pixels besides the one that was trained on.
+        sizes_count: Images per model at each of them.
+        untrained: Whether a distillation also measures its students as they were before it.
         rows: Images of each class in the picture.
         prompts: Texts to draw, for pipelines that take texts.
         judge: The classifier that scores images of classes.
@@ -40,6 +42,8 @@ class Samples:
     guidance: float = 2.0
     batch_size: int = 250
     sizes: list[int] = field(default_factory=list)
+    sizes_count: int = 1000
+    untrained: bool = True
     rows: int = 4
     prompts: list[str] = field(default_factory=list)
     judge: Judge = field(default_factory=Judge)
@@ -131,13 +135,12 @@ def plot_panels(panels: dict[str, Image.Image], target: Path) -> None:
 
 
 def plot_losses(metrics: Path, target: Path) -> None:
-    """Draws training and validation losses over optimizer steps; the right half holds a distillation's parts."""
+    """Draws training and validation losses over optimizer steps; the right half holds what a distillation matches."""
     if not metrics.is_file():
         return
     series = read_metrics(metrics)
-    parts = sorted(
-        k for k in series if k.startswith('val/') and k.rsplit('/', 1)[1] in ('target', 'output', 'features')
-    )
+    wanted = ('output', 'features')
+    parts = sorted(k for k in series if k.startswith('val/') and k.rsplit('/', 1)[1] in wanted)
     figure, axes = _figure(11 if parts else 6, 4, 1, 2 if parts else 1)
     left = axes[0, 0]
     if 'train/loss_step' in series:
@@ -146,9 +149,12 @@ def plot_losses(metrics: Path, target: Path) -> None:
         left.plot(*series['val/loss'], color=_ORANGE, marker='.', markersize=4, label='validation')
     left.set(title='Loss', ylabel='mean squared error', yscale='log')
     for key, color in zip(parts, _COLOURS):
-        axes[0, 1].plot(*series[key], color=color, marker='.', markersize=4, label=key.removeprefix('val/'))
+        inner = key.removeprefix('val/')
+        axes[0, 1].plot(*series[key], color=color, marker='.', label=f'{inner}, validation')
+        if f'train/{inner}' in series:
+            axes[0, 1].plot(*series[f'train/{inner}'], color=color, alpha=0.4, linewidth=0.8)
     if parts:
-        axes[0, 1].set(title='Parts of the distillation loss, validation', yscale='log')
+        axes[0, 1].set(title="Distance to the teacher's output and self-attention", yscale='log')
     for axis in axes[0]:
         axis.set_xlabel('optimizer step')
         axis.grid(alpha=0.3)

@@ -118,17 +118,19 @@ class DistillUNet(LightningModule):
         teacher = frame.pipeline.unet.to(device)
         if self.channels_last:
             teacher.to(memory_format=torch.channels_last)
-        students = {}
-        for number, init in enumerate(self.inits):
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(derive_seed(run_seed(), 1, number) % 2**63)
-                students[init] = Student(teacher, init, self.projection_mid_dim, trainer.precision.endswith('mixed'))
+        students = {init: self.new_student(teacher, init) for init in self.inits}
         self.layers = nn.ModuleDict({i: nn.ModuleList(s.linear.children()) for i, s in students.items()})
         self.ema = build_ema(self.layers, self.ema_settings)
         features = Features(self_attention(teacher))
         self.__dict__.update(frame=frame, teacher=teacher, students=students, teacher_features=features)
         self.__dict__.update(teacher_folder=name, _call_teacher=teacher)
         self._finish_networks()
+
+    def new_student(self, teacher: nn.Module, init: str) -> Student:
+        """A student as it starts: the same in every run of a seed."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(run_seed(), 1, len(init)) % 2**63)
+            return Student(teacher, init, self.projection_mid_dim, self.trainer.precision.endswith('mixed'))
 
     def _finish_networks(self) -> None:
         for student in self.students.values():
@@ -148,26 +150,29 @@ class DistillUNet(LightningModule):
 
     # losses
 
-    def compare(self, step: Denoising) -> tuple[torch.Tensor, dict[str, tuple[torch.Tensor, Losses]]]:
+    def compare(
+        self, step: Denoising, students: dict[str, Student]
+    ) -> tuple[torch.Tensor, dict[str, tuple[torch.Tensor, Losses]]]:
         """The teacher's output, and each student's with its losses.
 
         Args:
             step: Noisy inputs with targets and conditions.
+            students: By name.
         """
         dtype = self.teacher.dtype
         with torch.no_grad():
             wanted, theirs = self.teacher_features.run(lambda: step.run(self._call_teacher, dtype))
         found = {}
-        for init, student in self.students.items():
+        for name, student in students.items():
             out, ours = student.features.run(lambda student=student: step.run(student.call, dtype))
-            found[init] = out, losses(out, ours, step.target, wanted, theirs, self.weights)
+            found[name] = out, losses(out, ours, step.target, wanted, theirs, self.weights)
         return wanted, found
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor | None:
         size = count_usable(self.trainer.datamodule, batch)
         if not size:
             return None
-        _, found = self.compare(self.frame.draw(batch, self.guidance_dropout))
+        _, found = self.compare(self.frame.draw(batch, self.guidance_dropout), self.students)
         loss = sum(parts.loss for _, parts in found.values())  # no weight is shared: the sum trains each by itself
         if self.check_finite and not torch.isfinite(loss):
             raise self._diverged(batch_idx)
@@ -181,7 +186,7 @@ class DistillUNet(LightningModule):
         if not size:
             return
         step = self.frame.draw(batch, generator=held_out_generator(self.device, self.global_rank, batch_idx))
-        _, found = self.compare(step)
+        _, found = self.compare(step, self.students)
         for init, (_, parts) in found.items():
             self._log_parts('val', init, parts, size)
         total = sum(parts.loss for _, parts in found.values())
