@@ -199,6 +199,7 @@ def test_gradients_reach_every_layer(checkpointing):
     assert all(p.grad is None for p in teacher.parameters())
 
 
+@pytest.mark.slow
 def test_compiled_student_gives_the_same_features():
     teacher = tiny_diffusion.unet().requires_grad_(False)
     student = Student(teacher, 'teacher', -1, mixed=False)
@@ -407,39 +408,66 @@ def test_recipe_starts(kind, pipelines, tmp_path, monkeypatch, capsys):
     assert recipe['model']['init_args']['optim']['lr'] == 1e-4
 
 
-@pytest.mark.parametrize('name', ['cifar10', 'quickstart'])
-def test_small_recipe_trains_its_teacher_first(name, tmp_path, monkeypatch, capfd):
+QUICK = ['--model.samples={count: 10, steps: 1, rows: 1, sizes_count: 10, judge: {widths: [4], epochs: 1}}']
+QUICK += [*SHORT, '--trainer.limit_val_batches=1', '--trainer.limit_test_batches=1']
+
+
+def images(name, folder):
+    """Command line of the data of a recipe."""
     from test_configs import parquet
 
+    if name != 'cifar10':
+        return []
+    data = folder / 'data'
+    data = data if data.is_dir() else parquet(data, 10)
+    return [f'--data.path={data}', f'--data.cache_dir={folder / "cache"}', '--trainer.val_check_interval=1']
+
+
+@pytest.mark.parametrize('name', ['cifar10', 'digits'])
+def test_small_recipe_starts(name, tmp_path, monkeypatch, capsys):
+    """The recipe of the teacher, with a smaller UNet, and that of its students behind it."""
     monkeypatch.chdir(tmp_path)
-    samples = '{count: 10, steps: 1, rows: 1, sizes_count: 10, judge: {widths: [4], epochs: 1}}'
-    recipe = yaml.safe_load((CONFIGS / 'distill_unet' / f'{name}.yaml').read_text())
-    short = [*SHORT, f'--model.samples={samples}', '--trainer.limit_val_batches=1', '--trainer.limit_test_batches=1']
-    if name == 'cifar10':
-        short += [f'--data.path={parquet(tmp_path / "data", 10)}', f'--data.cache_dir={tmp_path / "cache"}']
-        short += ['--trainer.val_check_interval=1']
-        teacher = yaml.safe_load((CONFIGS / 'distill_unet' / 'teacher_unet_cifar10.yaml').read_text())
-        teacher['model']['init_args']['unet'] |= {
-            'block_out_channels': [32, 32, 32],
-            'attention_head_dim': 2,
-            'down_block_types': ['DownBlock2D', 'DownBlock2D', 'CrossAttnDownBlock2D'],
-            'up_block_types': ['CrossAttnUpBlock2D', 'UpBlock2D', 'UpBlock2D'],
-        }
-        Path('teacher_unet_cifar10.yaml').write_text(yaml.safe_dump(teacher))
-        short += ['--model.channels_last=true']
-    else:
-        Path('teacher_unet_digits.yaml').write_bytes(
-            (CONFIGS / 'distill_unet' / 'teacher_unet_digits.yaml').read_bytes()
-        )
-    own = Path(recipe['model']['init_args']['teacher']).name
-    args = [f'--config={CONFIGS / "distill_unet" / f"{name}.yaml"}', f'--model.teacher={own}', *short]
-    first = [a for a in short if not a.startswith('--model.samples')] + ['--run.test_after_fit=false']
-    assert main(['fit', *args, f'--model.teacher_arguments={json.dumps(first)}']) == 0, capfd.readouterr().err
-    assert 'training the teacher first' in capfd.readouterr().out
-    run = tmp_path / 'runs' / recipe['run']['name']
-    rows = json.loads((run / 'report' / 'table.json').read_text())['rows']
+    teacher = CONFIGS / 'distill_unet' / f'teacher_unet_{name}.yaml'
+    net = yaml.safe_load(teacher.read_text())['model']['init_args']['unet']
+    small = [16] * len(net['block_out_channels'])
+    args = [f'--model.unet={json.dumps({**net, "block_out_channels": small, "norm_num_groups": 4})}']
+    args += [*images(name, tmp_path), *QUICK]
+    assert main(['fit', f'--config={teacher}', *args]) == 0, capsys.readouterr().err
+    student = CONFIGS / 'distill_unet' / ('cifar10.yaml' if name == 'cifar10' else 'quickstart.yaml')
+    args = [f'--model.teacher=runs/teacher_unet_{name}/model', *images(name, tmp_path), *QUICK]
+    assert main(['fit', f'--config={student}', *args]) == 0, capsys.readouterr().err
+    recipe = yaml.safe_load(student.read_text())
+    rows = json.loads((tmp_path / 'runs' / recipe['run']['name'] / 'report' / 'table.json').read_text())['rows']
     assert {row['size'] for row in rows} == ({32, 64} if name == 'cifar10' else {8})
-    assert (tmp_path / 'runs' / Path(own).stem / 'model' / 'model_index.json').is_file()
+    assert recipe['model']['init_args']['teacher'].endswith(f'distill_unet/{teacher.name}')
+
+
+@pytest.mark.slow
+def test_quickstart_trains_its_teacher_first_and_once(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    first = [a for a in QUICK if not a.startswith('--model.samples')] + ['--run.test_after_fit=false']
+    teacher = CONFIGS / 'distill_unet' / 'teacher_unet_digits.yaml'
+    args = [f'--config={CONFIGS / "distill_unet" / "quickstart.yaml"}', f'--model.teacher={teacher}', *QUICK]
+    args += [f'--model.teacher_arguments={json.dumps(first)}']
+    assert main(['fit', *args]) == 0, capfd.readouterr().err
+    assert 'training the teacher first' in capfd.readouterr().out
+    assert (tmp_path / 'runs' / 'teacher_unet_digits' / 'model' / 'model_index.json').is_file()
+    assert main(['fit', *args]) == 0
+    assert 'training the teacher first' not in capfd.readouterr().out
+
+
+@pytest.mark.slow
+def test_quickstart_reaches_its_floors(tmp_path, monkeypatch):
+    """Nothing shortened: what the head of the config says."""
+    monkeypatch.chdir(tmp_path)
+    teacher = CONFIGS / 'distill_unet' / 'teacher_unet_digits.yaml'
+    assert main(['fit', f'--config={CONFIGS / "distill_unet" / "quickstart.yaml"}', f'--model.teacher={teacher}']) == 0
+    table = json.loads((tmp_path / 'runs' / 'quickstart_unet' / 'report' / 'table.json').read_text())
+    real, teacher, student, start = table['rows']
+    assert real['accuracy'] >= 0.97 and teacher['accuracy'] >= 0.95 and teacher['samples'] == 400
+    assert student['accuracy'] >= teacher['accuracy'] - 0.03
+    assert student['output'] < 0.5 * start['output'] and student['features'] < 0.5 * start['features']
+    assert student['frechet'] < 1.5 * teacher['frechet'] < 10
 
 
 def test_text_conditional_teacher(pipelines, tmp_path):
@@ -478,8 +506,8 @@ def test_mistakes_are_named(trained, distilled, pipelines, tmp_path, capsys):
     base = distill_arguments(tmp_path, trained / 'model')
     text = ['--model=zoo.tasks.DistillUNet', f'--model.teacher={pipelines / "sd15"}', *COMMON, f'--run.root={tmp_path}']
     for args, message in (
-        ([*base, '--data.view={size: 8, channels: 1, crop_pct: 1.0}'], 'set view.mean and view.std to 0.5'),
-        ([*base, '--data.view={size: 8, mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5]}'], '--data.view.channels 1'),
+        ([*base, '--data.view.mean=[0.4]'], 'set view.mean and view.std to 0.5'),
+        ([*base, '--data.view={channels: 3, mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5]}'], '--data.view.channels 1'),
         ([*base, '--model.init=[random, random]'], 'must be teacher, random, or a list of both'),
         ([*base, '--model.projection_mid_dim=div:x'], 'div:x'),
         ([*base, '--model.guidance_dropout=1.5'], 'within 0..1'),
