@@ -153,7 +153,7 @@ class ImageData(ResumableData):
         return self._eval_loader('val')
 
     def test_dataloader(self) -> DataLoader:
-        return self._eval_loader('test' if 'test' in self.splits else 'val')
+        return self._eval_loader(self._present('test'))
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         if not self.device_transform:
@@ -166,6 +166,21 @@ class ImageData(ResumableData):
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    def whole(self, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """All readable images of a split as the network sees them, without augmentation, and their labels.
+
+        Args:
+            split: train, val or test; a missing test split is the val split.
+
+        Returns:
+            fp32 (N, C, H, W) and int64 (N,), on the CPU.
+        """
+        batches = [self.on_after_batch_transfer(batch, 0) for batch in self._eval_loader(self._present(split))]
+        return torch.cat([b['image'] for b in batches]), torch.cat([b['target'] for b in batches])
+
+    def _present(self, split: str) -> str:
+        return 'val' if split == 'test' and 'test' not in self.splits else split
 
     # loaders
 

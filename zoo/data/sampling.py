@@ -6,7 +6,7 @@ import os
 import signal
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -142,6 +142,62 @@ class EpochSampler(Sampler):
         if self.repeats == 1:
             return iter([(self.epoch, order[place]) for place in mine])
         return iter([(self.epoch, order[place // self.repeats], place % self.repeats) for place in mine])
+
+
+class BucketBatches(Sampler):
+    """Yields batches of (epoch, index) from one bucket each; their order is a function of (seed, epoch).
+
+    Args:
+        buckets: Bucket of every sample, by number.
+        batch_size: Samples per batch and process.
+        seed: Seed of the run.
+        shuffle: Whether to permute; what does not fill a batch on every rank is then left out of this epoch. Without it
+            every index is visited once, ranks taking the batches in turn.
+        rank: This process.
+        world_size: Number of processes.
+    """
+
+    def __init__(
+        self, buckets: Sequence[int], batch_size: int, seed: int, shuffle: bool, rank: int = 0, world_size: int = 1
+    ) -> None:
+        self.batch_size, self.seed, self.shuffle, self.rank, self.world_size = (
+            batch_size,
+            seed,
+            shuffle,
+            rank,
+            world_size,
+        )
+        numbers = torch.as_tensor(buckets, dtype=torch.long)
+        self.members = [(numbers == bucket).nonzero().flatten() for bucket in numbers.unique().tolist()]
+        self.epoch, self.skip = 0, 0
+        self.sampler = self  # where Lightning looks for set_epoch
+
+    def __len__(self) -> int:
+        if self.shuffle:
+            return sum(len(m) // (self.batch_size * self.world_size) for m in self.members)
+        return len(range(self.rank, sum(-(-len(m) // self.batch_size) for m in self.members), self.world_size))
+
+    def set_epoch(self, epoch: int) -> None:
+        if epoch != self.epoch:
+            self.epoch, self.skip = epoch, 0
+
+    def resume(self, epoch: int, batches: int) -> None:
+        """Starts in `epoch` behind the first `batches` batches of this rank."""
+        self.epoch, self.skip = epoch, batches
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch))
+        if not self.shuffle:
+            batches = [part.tolist() for members in self.members for part in members.split(self.batch_size)]
+            return iter([[(self.epoch, i) for i in batch] for batch in batches[self.rank :: self.world_size]])
+        whole = self.batch_size * self.world_size
+        batches = []
+        for members in self.members:
+            mixed = members[torch.randperm(len(members), generator=generator)]
+            batches += [part.tolist() for part in mixed.split(whole) if len(part) == whole]
+        order = torch.randperm(len(batches), generator=generator).tolist()[self.skip :]
+        mine = slice(self.rank, None, self.world_size)
+        return iter([[(self.epoch, i) for i in batches[place][mine]] for place in order])
 
 
 def shield_worker(worker_id: int) -> None:

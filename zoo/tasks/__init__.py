@@ -1,9 +1,34 @@
 """Lightning modules: a network with its loss, metrics and optimizer."""
 
+from typing import Any
+
 from zoo.tasks.classify import Classify
 from zoo.tasks.distill import Distill
 from zoo.tasks.distill_vlm import DistillVLM
 from zoo.tasks.optim import Optim, Schedule
 from zoo.tasks.vlm import FinetuneVLM, Lora
 
-__all__ = ['Classify', 'Distill', 'DistillVLM', 'FinetuneVLM', 'Lora', 'Optim', 'Schedule']
+__all__ = [
+    'Classify',
+    'Distill',
+    'DistillUNet',
+    'DistillVLM',
+    'FinetuneVLM',
+    'Lora',
+    'Optim',
+    'Schedule',
+    'TrainUNet',
+]
+
+
+def __getattr__(name: str) -> Any:
+    # imported when asked for, as diffusers is an extra
+    if name == 'DistillUNet':
+        from zoo.tasks.distill_unet import DistillUNet
+
+        return DistillUNet
+    if name == 'TrainUNet':
+        from zoo.tasks.train_unet import TrainUNet
+
+        return TrainUNet
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

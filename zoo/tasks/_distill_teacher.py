@@ -17,7 +17,7 @@ import zoo
 from zoo.data.chat import check_tokens
 from zoo.errors import RunError, ZooError
 
-MODEL = 'model'  # the transformers folder that a run of zoo.tasks.FinetuneVLM leaves
+MODEL = 'model'  # the folder that a run of zoo.tasks.FinetuneVLM or TrainUNet leaves
 _LAUNCHER = (
     'LOCAL_RANK',
     'RANK',
@@ -35,22 +35,23 @@ def is_recipe(name: str) -> bool:
     return name.endswith(('.yaml', '.yml'))
 
 
-def prepare_teacher(name: str, root: Path, trainer: Trainer, arguments: list[str]) -> Path:
-    """The teacher's transformers folder; a recipe is run first, by the first process, unless it has been.
+def prepare_teacher(name: str, root: Path, trainer: Trainer, arguments: list[str], index: str = 'config.json') -> Path:
+    """The teacher's folder; a recipe is run first, by the first process, unless it has been.
 
     Args:
-        name: Folder, hub name, or YAML file.
+        name: Folder, hub name of a transformers model, or YAML file.
         root: Where run folders are: the teacher's becomes a neighbour of the student's.
         trainer: The student's trainer.
         arguments: Command line of the teacher's run, behind its config.
+        index: The file that a finished model's folder has.
     """
     if not is_recipe(name):
         return find_folder(name)
     stem = Path(name).stem
-    if trainer.is_global_zero and finished(root, stem) is None:
+    if trainer.is_global_zero and finished(root, stem, index) is None:
         train_teacher(name, root, arguments)
     trainer.strategy.barrier()
-    folder = finished(root, stem)
+    folder = finished(root, stem, index)
     if folder is None:
         raise RunError(f'the teacher of {name} was not finished: no {root / stem / MODEL}')
     if trainer.is_global_zero:
@@ -58,9 +59,9 @@ def prepare_teacher(name: str, root: Path, trainer: Trainer, arguments: list[str
     return folder
 
 
-def finished(root: Path, stem: str) -> Path | None:
+def finished(root: Path, stem: str, index: str) -> Path | None:
     """The newest finished model among the runs STEM, STEM-2, ... in `root`."""
-    found = [p.parent for p in root.glob(f'{stem}*/{MODEL}/config.json')]
+    found = [p.parent for p in root.glob(f'{stem}*/{MODEL}/{index}')]
     found = [p for p in found if p.parent.name == stem or p.parent.name.removeprefix(f'{stem}-').isdigit()]
     return max(found, key=lambda p: p.stat().st_mtime_ns, default=None)
 

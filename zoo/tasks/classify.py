@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +22,7 @@ from zoo.errors import RunError, ZooError
 from zoo.report import TestReport
 from zoo.tasks.distill import Distill, Teacher
 from zoo.tasks.nonfinite import first_nonfinite
-from zoo.tasks.optim import Optim, Schedule, UpdateSchedule, as_dataclass, as_plain, build_optimizer, lr_factor
+from zoo.tasks.optim import Optim, Schedule, UpdateSchedule, as_dataclass, as_plain, fit_optimizer
 
 
 @dataclass
@@ -213,18 +212,7 @@ class Classify(LightningModule):
             self.ema.update(self.net, step=self.global_step)
 
     def configure_optimizers(self) -> dict[str, Any]:
-        trainer = self.trainer
-        accumulate = trainer.accumulate_grad_batches
-        total_batch = trainer.datamodule.batch_size * trainer.world_size * accumulate
-        trainer.fit_loop.setup_data()  # the length of an epoch is unknown before
-        total_steps = trainer.estimated_stepping_batches
-        if math.isinf(total_steps):
-            raise ZooError('the length of the run is unknown: set trainer.max_steps or trainer.max_epochs')
-        optimizer = build_optimizer(self.net, self.optim, total_batch)
-        factor = lr_factor(self.optim, total_batch)
-        steps_per_epoch = math.ceil(trainer.num_training_batches / accumulate)
-        scheduler = UpdateSchedule(optimizer, self.schedule, factor, int(total_steps), steps_per_epoch)
-        return {'optimizer': optimizer, 'lr_scheduler': {'scheduler': scheduler, 'interval': 'step'}}
+        return fit_optimizer(self.trainer, self.net, self.optim, self.schedule)
 
     def lr_scheduler_step(self, scheduler: UpdateSchedule, metric: Any) -> None:
         scheduler.apply(self.global_step)
@@ -377,11 +365,12 @@ def update_metrics(metrics: MetricCollection, logits: torch.Tensor, target: torc
             metric.update(logits.float(), target)
 
 
-def adapt_ema(state: dict[str, torch.Tensor], wanted: bool) -> None:
-    """Lets weight averaging be switched on or off between the checkpoint and now."""
+def adapt_ema(state: dict[str, torch.Tensor], wanted: bool, prefix: str = 'net.') -> None:
+    """Lets weight averaging be switched on or off between the checkpoint and now; `prefix` is of what is averaged."""
     averaged = [k for k in state if k.startswith('ema.module.')]
     if wanted and not averaged:
-        state.update({f'ema.module.{k[4:]}': v.clone() for k, v in list(state.items()) if k.startswith('net.')})
+        ours = [(k.removeprefix(prefix), v) for k, v in state.items() if k.startswith(prefix)]
+        state.update({f'ema.module.{k}': v.clone() for k, v in ours})
     if not wanted:
         for key in averaged:
             del state[key]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch.optim.adamw import adamw
 from timm.optim.muon import get_lr_scale, reshape_for_muon, zeropower_via_newtonschulz
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 __all__ = ['Muon32']
 

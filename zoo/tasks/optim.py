@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import timm
 import torch
+from lightning.pytorch import Trainer
 from timm.optim import OptimInfo, create_optimizer_v2, list_optimizers
 from timm.optim._optim_factory import default_registry
 from timm.scheduler import create_scheduler_v2
@@ -160,6 +162,30 @@ class UpdateSchedule:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Nothing to load."""
+
+
+def fit_optimizer(trainer: Trainer, net: nn.Module, optim: Optim, schedule: Schedule) -> dict[str, Any]:
+    """What `configure_optimizers` returns for a run with one optimizer.
+
+    Args:
+        trainer: The trainer, its data module included.
+        net: Network whose trainable parameters are optimised.
+        optim: Optimizer.
+        schedule: Learning rate over time.
+
+    Raises:
+        ZooError: The run has no end.
+    """
+    accumulate = trainer.accumulate_grad_batches
+    total_batch = trainer.datamodule.batch_size * trainer.world_size * accumulate
+    trainer.fit_loop.setup_data()  # the length of an epoch is unknown before
+    total_steps = trainer.estimated_stepping_batches
+    if math.isinf(total_steps):
+        raise ZooError('the length of the run is unknown: set trainer.max_steps or trainer.max_epochs')
+    optimizer = build_optimizer(net, optim, total_batch)
+    steps_per_epoch = math.ceil(trainer.num_training_batches / accumulate)
+    scheduler = UpdateSchedule(optimizer, schedule, lr_factor(optim, total_batch), int(total_steps), steps_per_epoch)
+    return {'optimizer': optimizer, 'lr_scheduler': {'scheduler': scheduler, 'interval': 'step'}}
 
 
 def as_dataclass(kind: type, value: Any) -> Any:

@@ -23,7 +23,7 @@ from zoo.errors import RunError, ZooError
 from zoo.tasks._vlm_report import AnswersReport
 from zoo.tasks.classify import Ema, adapt_ema, build_ema
 from zoo.tasks.nonfinite import first_nonfinite
-from zoo.tasks.optim import Optim, Schedule, UpdateSchedule, as_dataclass, as_plain, build_optimizer, lr_factor
+from zoo.tasks.optim import Optim, Schedule, UpdateSchedule, as_dataclass, as_plain, fit_optimizer
 
 MODEL = 'model'
 
@@ -129,19 +129,7 @@ class FinetuneVLM(LightningModule):
             self.ema.update(self.net, step=self.global_step)
 
     def configure_optimizers(self) -> dict[str, Any]:
-        trainer = self.trainer
-        accumulate = trainer.accumulate_grad_batches
-        total_batch = trainer.datamodule.batch_size * trainer.world_size * accumulate
-        trainer.fit_loop.setup_data()  # the length of an epoch is unknown before
-        total_steps = trainer.estimated_stepping_batches
-        if math.isinf(total_steps):
-            raise ZooError('the length of the run is unknown: set trainer.max_steps or trainer.max_epochs')
-        optimizer = build_optimizer(self.net, self.optim, total_batch)
-        steps_per_epoch = math.ceil(trainer.num_training_batches / accumulate)
-        scheduler = UpdateSchedule(
-            optimizer, self.schedule, lr_factor(self.optim, total_batch), int(total_steps), steps_per_epoch
-        )
-        return {'optimizer': optimizer, 'lr_scheduler': {'scheduler': scheduler, 'interval': 'step'}}
+        return fit_optimizer(self.trainer, self.net, self.optim, self.schedule)
 
     def lr_scheduler_step(self, scheduler: UpdateSchedule, metric: Any) -> None:
         scheduler.apply(self.global_step)
