@@ -1,10 +1,10 @@
 """Drawn scenes: what is in them, their pixels, and questions with known answers, whole batches at a time.
 
 Everything is a function of (seed, epoch, index). Objects stand in a 3 x 3 grid, each a little off its cell's middle, in
-one of three sizes, on a dark and noisy ground. A scene holds a group of 1..4 objects of one shape and as many colours,
-a group of 1..4 objects of one colour and as many shapes, and a single object that shares neither with anybody, so
-that `colour shape` names one object. The colour and the shape of the same number never meet in training; held-out
-scenes have that pair in both groups, and their questions are about it.
+one of three sizes, on a dark and noisy ground. A scene holds a group of 1..3 objects of one shape and as many colours,
+a group of 1..3 objects of one colour and as many shapes, and a single object that shares neither with anybody, so that
+one word names each object: `red` in the first group, `ring` elsewhere. The colour and the shape of the same number
+never meet in training; held-out scenes have that pair in both groups, and their questions are about it.
 
 All steps treat colours, shapes, cells and directions alike, so within a type every answer is equally frequent.
 """
@@ -35,7 +35,7 @@ TYPES = ('colour', 'count', 'position', 'relation')
 ROWS, COLUMNS = ('top', 'middle', 'bottom'), ('left', 'center', 'right')
 EMPTY = 'empty cell'
 RELATIONS = ('left', 'right', 'above', 'below')
-MOST = 4
+MOST = 3
 ANSWERS: dict[str, tuple[str, ...]] = {
     'colour': tuple(COLOURS),
     'count': tuple(str(n) for n in range(MOST + 1)),
@@ -60,13 +60,13 @@ def held_out_pairs() -> list[tuple[str, str]]:
 
 @dataclass
 class Scenes:
-    """A batch of scenes; the objects 0..3 are the group of one shape, 4..7 the group of one colour, 8 is the single.
+    """A batch of scenes; the objects 0..2 are the group of one shape, 3..5 the group of one colour, 6 is the single.
 
     Args:
-        colour: int64 (B, 9).
-        shape: int64 (B, 9).
-        cell: int64 (B, 9), row times 3 plus column.
-        there: bool (B, 9), which of the objects exist.
+        colour: int64 (B, 7).
+        shape: int64 (B, 7).
+        cell: int64 (B, 7), row times 3 plus column.
+        there: bool (B, 7), which of the objects exist.
         spare_colour: int64 (B,), a colour that does not occur.
         spare_shape: int64 (B,), a shape that does not occur.
         held_out: Whether the first object of both groups is a held-out pair.
@@ -82,8 +82,12 @@ class Scenes:
     held_out: bool
     sparse: np.ndarray
 
-    def name(self, row: int, item: int) -> str:
+    def words(self, row: int, item: int) -> str:
         return f'{tuple(COLOURS)[self.colour[row, item]]} {SHAPES[self.shape[row, item]]}'
+
+    def name(self, row: int, item: int) -> str:
+        """What nothing else in the scene has: the colour in the group of one shape, the shape of all others."""
+        return tuple(COLOURS)[self.colour[row, item]] if item < MOST else SHAPES[self.shape[row, item]]
 
 
 class _Draws:
@@ -150,7 +154,7 @@ def plan(draw: _Draws, held_out: bool, sparse: np.ndarray) -> Scenes:
     return Scenes(
         colour=colours,
         shape=shapes,
-        cell=np.argsort(draw(_OBJECTS), 1),
+        cell=np.argsort(draw(_GRID**2), 1)[:, :_OBJECTS],
         there=there,
         spare_colour=np.argmin(draw(8) + never * used_colours, 1),
         spare_shape=np.argmin(draw(8) + never * used_shapes, 1),
@@ -219,8 +223,8 @@ def paint(scenes: Scenes, draw: _Draws, noise: np.ndarray, size: int) -> np.ndar
     ground = draw(1)[:, :, None, None] * 40 + 15
     colours = np.array(list(COLOURS.values()), np.float32)[scenes.colour] + shade
     masks = _masks(cell)[scenes.shape, sizes, down, right] * scenes.there[:, :, None, None]
-    cells = np.empty((count, _GRID**2, cell, cell), np.float32)
-    tints = np.empty((count, _GRID**2, 3), np.float32)
+    cells = np.zeros((count, _GRID**2, cell, cell), np.float32)
+    tints = np.zeros((count, _GRID**2, 3), np.float32)
     rows = np.arange(count)[:, None]
     cells[rows, scenes.cell], tints[rows, scenes.cell] = masks, colours
     # ground + mask * (colour - ground), the noise on top
@@ -316,7 +320,7 @@ def _describe(scenes: Scenes, row: int, order: np.ndarray) -> tuple[str, str, st
     if order[0] < order[1]:
         cells = [EMPTY] * _GRID**2
         for item in present:
-            cells[scenes.cell[row, item]] = scenes.name(row, item)
+            cells[scenes.cell[row, item]] = scenes.words(row, item)
         return 'what', 'what', ' '.join(cells)
     mixed = present[np.argsort(order[present])]
     places = [f'{scenes.name(row, i)} {ANSWERS["position"][scenes.cell[row, i]]}' for i in mixed]

@@ -3,9 +3,9 @@
 Four types of questions, with short answers that are equally frequent within a type (see `zoo.data._scenes`):
 
     colour    colour of ring                  one of 8 colours       by chance 12.5 %
-    count     count of red                    0..4                            20.0 %
-    position  place of red ring               top left ... (9)                11.1 %
-    relation  red ring from blue plus         left right above below          25.0 %
+    count     count of red                    0..3                            25.0 %
+    position  place of red                    top left ... (9)                11.1 %
+    relation  red from plus                   left right above below          25.0 %
 
 Eight pairs of colour and shape (held_out_pairs) never occur in training. Every validation and test image holds two
 objects of such pairs, and its one question is about them. Training images carry several questions, which are new in

@@ -24,7 +24,8 @@ class Muon32(torch.optim.Optimizer):
 
     timm and PyTorch iterate in bf16, which suits a GPU; on a CPU without units for bf16 that takes 16 times as long as
     fp32 for matrices of some hundred rows. The rule is timm's otherwise: momentum, orthogonalisation, steps scaled to
-    the size of AdamW's; parameters that are not matrices take AdamW's steps.
+    the size of AdamW's. Parameters that are not matrices, and groups with `use_fallback` (timm makes them of names in
+    fallback_list, such as embeddings), take AdamW's steps.
     Source: K. Jordan et al., "Muon", 2024; scaling: arXiv 2502.16982; timm.optim.muon.
 
     Args:
@@ -71,8 +72,12 @@ class Muon32(torch.optim.Optimizer):
             matrices: dict[torch.Size, list[Tensor]] = {}
             others = []
             for p in group['params']:
-                if p.grad is not None:
-                    matrices.setdefault(p.shape, []).append(p) if _is_matrix(p) else others.append(p)
+                if p.grad is None:
+                    continue
+                if _is_matrix(p) and not group.get('use_fallback'):
+                    matrices.setdefault(p.shape, []).append(p)
+                else:
+                    others.append(p)
             for same in matrices.values():
                 self._orthogonal_step(same, group)
             if others:
