@@ -263,13 +263,10 @@ UNET = ['unet', '--quick', '--models', 'sdxl', '--modes', 'eager']
 def test_unet(tmp_path, capsys):
     pytest.importorskip('diffusers')
     plot = tmp_path / 'plot.png'
-    result = bench(
-        tmp_path, *UNET, '--sizes', '64', '72', '--end-to-end', '128x128', '--steps', '4', '--plot', str(plot)
-    )
+    more = ['--end-to-end', '128x128', '--steps', '3', '--plot', str(plot)]
+    result = bench(tmp_path, *UNET, '--sizes', '64', *more)
     *rows, whole = result['results']
-    assert [(r['size'], r['row']) for r in rows] == [
-        (n, r) for n in (64, 72) for r in ('sdpa', 'linfusion', 'formula', 'none')
-    ]
+    assert [(r['size'], r['row']) for r in rows] == [(64, row) for row in ('sdpa', 'linfusion', 'formula', 'none')]
     assert all(r['step_ms'] >= r['min_ms'] > 0 and r['batch'] == 2 and r['model'] == 'sdxl' for r in rows)
     times = {(r['size'], r['row']): r['step_ms'] for r in rows}
     for pair in result['ratios']:
@@ -277,7 +274,7 @@ def test_unet(tmp_path, capsys):
         expected = times[size, 'sdpa'] / times[size, 'linfusion']
         assert pair['times_faster_than_sdpa'] == pytest.approx(expected, rel=0.01)
     assert whole['row'] == 'end to end' and whole['seconds'] >= sum(r['seconds'] for r in whole['levels']) * 0.9
-    assert [(r['width'], r['steps']) for r in whole['levels']] == [(64, 4), (128, 1)]
+    assert [(r['width'], r['steps']) for r in whole['levels']] == [(64, 3), (128, 1)]
     assert plot.exists() and 'a step, batch 2' in capsys.readouterr().out and result['versions']['diffusers']
 
 
@@ -302,17 +299,6 @@ def test_unet_rows_are_what_they_say():
     linear.detach()
     with torch.no_grad():
         assert torch.equal(unet(*given, **named)[0], found['sdpa'])
-
-
-def test_unet_sizes_are_the_real_ones():
-    pytest.importorskip('diffusers')
-    from zoo.tools._unet_rows import build
-
-    sizes = {'sd15': (909_182_404, 99_235_520), 'sdxl': (2_593_261_284, 435_480_800)}
-    for name, (whole, layers) in sizes.items():
-        unet, linear = build(name, 'meta', torch.float16, False)
-        count = lambda m: sum(p.numel() for p in m.parameters())  # noqa: E731
-        assert (count(unet), count(linear)) == (whole, layers)
 
 
 def test_unet_without_memory(tmp_path, monkeypatch):
