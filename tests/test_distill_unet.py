@@ -166,9 +166,8 @@ def test_student_shares_all_but_its_attention():
         assert own and all('attn1' in name for name in own)
         assert {n for n, p in student.unet.named_parameters() if p.requires_grad} == own
         assert list(student.linear.layers) == list(self_attention(teacher))
-        copied = torch.equal(student.linear.layers[next(iter(student.linear.layers))].to_q.weight,
-                             next(iter(self_attention(teacher).values())).to_q.weight)  # fmt: skip
-        assert copied == (init == 'teacher')
+        ours, original = (next(iter(found.values())) for found in (student.linear.layers, self_attention(teacher)))
+        assert torch.equal(ours.to_q.weight, original.to_q.weight) == (init == 'teacher')
     assert torch.equal(tiny_diffusion.step(teacher), before), 'making students has changed the teacher'
 
 
