@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterable, Mapping
 
 import torch
-import torch.nn.functional as F
 from diffusers.models import attention_processor as processors
 from diffusers.models.attention_processor import Attention
 from diffusers.utils import logging
@@ -115,9 +114,8 @@ class LinearSelfAttention(Attention):
             raise ValueError(f'linear self-attention takes (B, N, dim), got {tuple(hidden_states.shape)}')
         x = hidden_states
         split = lambda y: y.unflatten(-1, (self.heads, -1))  # noqa: E731  (B, N, H, D)
-        q = F.elu(self.to_q(x + self.to_q_(x))) + 1
-        k = F.elu(self.to_k(x + self.to_k_(x))) + 1
-        o = linear_attention(split(q), split(k), split(self.to_v(x)), eps=EPS)
+        q, k, v = self.to_q(x + self.to_q_(x)), self.to_k(x + self.to_k_(x)), self.to_v(x)
+        o = linear_attention(split(q), split(k), split(v), eps=EPS, elu=True)
         return self.to_out[1](self.to_out[0](o.flatten(2)))
 
     def adopt(self, teacher: Attention) -> None:

@@ -25,10 +25,13 @@ def _outer(a: Tensor, b: Tensor) -> Tensor:
     return a.mT @ b
 
 
-def linear_attention_fwd(q: Tensor, k: Tensor, v: Tensor, eps: float, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+def linear_attention_fwd(
+    q: Tensor, k: Tensor, v: Tensor, eps: float, keep: bool, elu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs (B, T, H, V); fp32 mean of k v^T (B, H, K, V) and of k (B, H, K), empty ones unless `keep`."""
     with torch.autocast(q.device.type, enabled=False):
-        qs, ks, vs = _heads_first(q), _heads_first(k), _heads_first(v)
+        features = _positive if elu else _heads_first
+        qs, ks, vs = features(q), features(k), _heads_first(v)
         share = 1.0 / max(q.shape[1], 1)
         kv, mean = _outer(ks, vs) * share, ks.sum(2) * share
         out = (qs @ kv) / (qs @ mean.unsqueeze(-1) + eps)
@@ -36,10 +39,11 @@ def linear_attention_fwd(q: Tensor, k: Tensor, v: Tensor, eps: float, keep: bool
         return (o, kv, mean) if keep else (o, kv.new_empty(0), mean.new_empty(0))
 
 
-def linear_attention_bwd(q, k, v, kv, mean, do, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def linear_attention_bwd(q, k, v, kv, mean, do, eps: float, elu: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients dq, dk, dv; `kv` and `mean` are those of the forward pass."""
     with torch.autocast(q.device.type, enabled=False):
-        qs, ks, vs, dos = (_heads_first(x) for x in (q, k, v, do))
+        features = _positive if elu else _heads_first
+        qs, ks, vs, dos = features(q), features(k), _heads_first(v), _heads_first(do)
         share = 1.0 / max(q.shape[1], 1)
         inverse = (qs @ mean.unsqueeze(-1) + eps).reciprocal()
         g = dos * inverse
@@ -48,7 +52,10 @@ def linear_attention_bwd(q, k, v, kv, mean, do, eps: float) -> tuple[Tensor, Ten
         dq = t.addcmul(weight, mean.unsqueeze(-2), value=-1)
         dkv, dmean = _outer(qs, g) * share, -(qs * weight).sum(2) * share
         dk = (vs @ dkv.mT).add_(dmean.unsqueeze(-2))
-        return _tokens_first(dq, q), _tokens_first(dk, k), _tokens_first(ks @ dkv, v)
+        dv = ks @ dkv
+        if elu:  # the derivative of elu(x) + 1
+            dq, dk = dq * qs.clamp(max=1), dk * ks.clamp(max=1)
+        return _tokens_first(dq, q), _tokens_first(dk, k), _tokens_first(dv, v)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@
     S = sum_j k_j v_j^T / N        kbar = sum_j k_j / N        o_i = S^T q_i / (q_i . kbar + eps)
 
 eps is added to the mean-normalised denominator, so a model behaves alike at every resolution. Source: LinFusion, arXiv
-2409.02097, with eps 1e-4.
+2409.02097, with eps 1e-4. With `elu` q and k come before that activation, phi(x) = elu(x) + 1, and the op applies it.
 
 `rank_augmented` (RALA), from q, k before their activation, phi(x) = elu(x) + 1, rope the axial rotation of `rope.py`:
 
@@ -36,10 +36,12 @@ __all__ = ['linear_attention', 'naive_linear_attention', 'naive_rank_augmented',
 MAX_TRITON_DIM = 128  # channels of a head that the kernels of `rank_augmented` take
 
 
-def naive_linear_attention(q: Tensor, k: Tensor, v: Tensor, *, eps: float = 1e-4) -> Tensor:
+def naive_linear_attention(q: Tensor, k: Tensor, v: Tensor, *, eps: float = 1e-4, elu: bool = False) -> Tensor:
     """The T x T form in fp32 (fp64 for fp64 input), the oracle of the faster paths; arguments as `linear_attention`."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     qs, ks, vs = (x.to(dtype).transpose(1, 2) for x in (q, k, v))
+    if elu:
+        qs, ks = torch.nn.functional.elu(qs) + 1, torch.nn.functional.elu(ks) + 1
     weights = qs @ ks.mT / q.shape[1]
     out = (weights @ vs) / (weights.sum(-1, keepdim=True) + eps)
     return out.transpose(1, 2).to(v.dtype)
@@ -74,38 +76,40 @@ def naive_rank_augmented(
 # Custom ops. The sums over tokens come out beside the result: they are small and the backward pass needs them.
 
 
-def _linear_forward(q: Tensor, k: Tensor, v: Tensor, eps: float, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return _implementation('linear_attention', q, k, v).linear_attention_fwd(q, k, v, eps, keep)
+def _linear_forward(
+    q: Tensor, k: Tensor, v: Tensor, eps: float, keep: bool, elu: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _implementation('linear_attention', q, k, v).linear_attention_fwd(q, k, v, eps, keep, elu)
 
 
-def _linear_fake(q, k, v, eps, keep):
+def _linear_fake(q, k, v, eps, keep, elu=False):
     batch, _, heads, key_dim = q.shape
     state = lambda *shape: q.new_empty(shape if keep else 0, dtype=_state_dtype(q))  # noqa: E731
     return v.new_empty(v.shape), state(batch, heads, key_dim, v.shape[-1]), state(batch, heads, key_dim)
 
 
 def _linear_backward(
-    q: Tensor, k: Tensor, v: Tensor, kv: Tensor, mean: Tensor, do: Tensor, eps: float
+    q: Tensor, k: Tensor, v: Tensor, kv: Tensor, mean: Tensor, do: Tensor, eps: float, elu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _implementation('linear_attention', q, k, v).linear_attention_bwd(q, k, v, kv, mean, do, eps)
+    return _implementation('linear_attention', q, k, v).linear_attention_bwd(q, k, v, kv, mean, do, eps, elu)
 
 
-def _linear_backward_fake(q, k, v, kv, mean, do, eps):
+def _linear_backward_fake(q, k, v, kv, mean, do, eps, elu):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
 def _linear_setup(ctx, inputs, output):
-    q, k, v, eps, _ = inputs
+    q, k, v, eps, _, elu = inputs
     ctx.save_for_backward(q, k, v, *output[1:])
-    ctx.eps = eps
+    ctx.options = eps, elu
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # zeros for the sums would be kernels
 
 
 def _linear_gradients(ctx, do, *_):
     if do is None:
-        return (None,) * 5
-    return *_linear_backward_op(*ctx.saved_tensors, do, ctx.eps), None, None
+        return (None,) * 6
+    return *_linear_backward_op(*ctx.saved_tensors, do, *ctx.options), None, None, None
 
 
 _linear_backward_op = Op('zoo::linear_attention_backward', _linear_backward, _linear_backward_fake)
@@ -221,7 +225,7 @@ def _check(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f'{op}: q, k, v must be on one device, got {q.device}, {k.device}, {v.device}')
 
 
-def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, eps: float = 1e-4) -> Tensor:
+def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, eps: float = 1e-4, elu: bool = False) -> Tensor:
     """Normalised attention of every token to every token, linear in T.
 
     Args:
@@ -229,6 +233,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, eps: float = 1e-4) -> T
         k: positive key features (B, T, H, K), dtype of q.
         v: values (B, T, H, V), dtype of q.
         eps: added to the denominator q . mean(k).
+        elu: whether elu(x) + 1 of q and k are the features, computed where they are read.
 
     Returns:
         The outputs (B, T, H, V) in v's dtype.
@@ -238,10 +243,10 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, eps: float = 1e-4) -> T
     """
     _check('linear_attention', q, k, v)
     if _dispatch.forced() == 'naive':
-        return naive_linear_attention(q, k, v, eps=eps)
+        return naive_linear_attention(q, k, v, eps=eps, elu=elu)
     if _dispatch.exporting():
-        return _torch_linear_attention.linear_attention_fwd(q, k, v, eps, False)[0]
-    return _linear_op(q, k, v, float(eps), _differentiated(q, k, v))[0]
+        return _torch_linear_attention.linear_attention_fwd(q, k, v, eps, False, elu)[0]
+    return _linear_op(q, k, v, float(eps), _differentiated(q, k, v), elu)[0]
 
 
 def rank_augmented(

@@ -1,5 +1,6 @@
 """The benchmark measures what it says, beside its peers, and writes down its conditions."""
 
+import argparse
 import dataclasses
 import json
 import time
@@ -254,3 +255,86 @@ def test_vlm_refuses_what_measures_nothing():
         cli_bench(['vlm', '--quick', '--rows', 'mamba'])
     with pytest.raises(ZooError, match='--tokens must be at least 2'):
         cli_bench(['vlm', '--quick', '--tokens', '1'])
+
+
+UNET = ['unet', '--quick', '--models', 'sdxl', '--modes', 'eager']
+
+
+def test_unet(tmp_path, capsys):
+    pytest.importorskip('diffusers')
+    plot = tmp_path / 'plot.png'
+    more = ['--end-to-end', '128x128', '--steps', '3', '--plot', str(plot)]
+    result = bench(tmp_path, *UNET, '--sizes', '64', *more)
+    *rows, whole = result['results']
+    assert [(r['size'], r['row']) for r in rows] == [(64, row) for row in ('sdpa', 'linfusion', 'formula', 'none')]
+    assert all(r['step_ms'] >= r['min_ms'] > 0 and r['batch'] == 2 and r['model'] == 'sdxl' for r in rows)
+    times = {(r['size'], r['row']): r['step_ms'] for r in rows}
+    for pair in result['ratios']:
+        size = pair['size']
+        expected = times[size, 'sdpa'] / times[size, 'linfusion']
+        assert pair['times_faster_than_sdpa'] == pytest.approx(expected, rel=0.01)
+    assert whole['row'] == 'end to end' and whole['seconds'] >= sum(r['seconds'] for r in whole['levels']) * 0.9
+    assert [(r['width'], r['steps']) for r in whole['levels']] == [(64, 3), (128, 1)]
+    assert plot.exists() and 'a step, batch 2' in capsys.readouterr().out and result['versions']['diffusers']
+
+
+def test_unet_rows_are_what_they_say():
+    """The formula computes what the kernel computes, `none` nothing; afterwards the model is as before."""
+    pytest.importorskip('diffusers')
+    from zoo.tools._unet_rows import build, self_attention, step_inputs
+
+    unet, linear = build('sd15', 'cpu', torch.float32, True)
+    given, named = step_inputs(unet, 72, 2)
+    with torch.no_grad():
+        for p in linear.parameters():
+            p.add_(torch.randn_like(p) * 0.05)
+        found = {}
+        for row in ('linfusion', 'formula', 'sdpa', 'none', 'linfusion again'):
+            with self_attention(linear, row):
+                found[row] = unet(*given, **named)[0]
+    torch.testing.assert_close(found['formula'], found['linfusion'], rtol=1e-4, atol=1e-4)
+    assert torch.equal(found['linfusion'], found['linfusion again'])
+    for row in ('sdpa', 'none'):
+        assert (found[row] - found['linfusion']).abs().max() > 1e-3
+    linear.detach()
+    with torch.no_grad():
+        assert torch.equal(unet(*given, **named)[0], found['sdpa'])
+
+
+def test_unet_without_memory(tmp_path, monkeypatch):
+    """Batch 1, then feed-forward layers in pieces, then an error; a step that would take too long is not tried."""
+    pytest.importorskip('diffusers')
+    from zoo.tools import _bench_unet
+
+    plain, tried = _bench_unet._attempt, []
+
+    def attempt(unet, mode, size, batch, pieces, args):
+        tried.append((size, batch, pieces))
+        if size == 72 or (size == 64 and batch > 1) or (size == 80 and pieces == 1):
+            raise torch.OutOfMemoryError('no room')
+        return plain(unet, mode, size, batch, pieces, args)
+
+    monkeypatch.setattr(_bench_unet, '_attempt', attempt)
+    result = bench(tmp_path, *UNET, '--rows', 'linfusion', '--sizes', '64', '72', '80')
+    first, second, third = result['results']
+    assert tried == [(n, b, p) for n in (64, 72, 80) for b, p in ((2, 1), (1, 1), (1, 8)) if (n, p) != (64, 8)]
+    assert first['batch'] == 1 and 'feed_forward_pieces' not in first and third['feed_forward_pieces'] == 8
+    assert second['error'] == 'OutOfMemoryError: no room' and result['ratios'] == []
+    late = argparse.Namespace(row_seconds=100, device='cpu')
+    assert 'a step would take about 26 s' in _bench_unet._row(None, 'eager', 64, 26, late)['error']
+
+
+@pytest.mark.parametrize(
+    'argv, words',
+    [
+        (['--models', 'sd3'], "no 'sd3'"),
+        (['--rows', 'flash'], "no 'flash'"),
+        (['--modes', 'fast'], "no 'fast'"),
+        (['--sizes', '60'], 'multiples of 8'),
+        (['--batch', '0'], '--batch'),
+        (['--end-to-end', '64'], 'write it as'),
+    ],
+)
+def test_unet_mistakes(tmp_path, argv, words):
+    with pytest.raises(ZooError, match=words):
+        bench(tmp_path, 'unet', '--quick', *argv)

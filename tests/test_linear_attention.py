@@ -104,6 +104,18 @@ def test_linear_attention(backend, shape, dtype, poison, short_parts):
     compare(positive(linear_attention), positive(naive_linear_attention), fused, split, dtype, backend)
 
 
+@pytest.mark.parametrize('shape, dtype', LINEAR, ids=str)
+@backends
+def test_linear_attention_applies_elu(backend, shape, dtype, poison, short_parts):
+    """Inside the op: tokens that do not exist have no features, although elu(0) + 1 is 1."""
+    fused, split = views(3, *shape)
+    op, oracle = (lambda q, k, v, f=f: f(q, k, v, elu=True) for f in (linear_attention, naive_linear_attention))
+    compare(op, oracle, fused, split, dtype, backend, scale=3.0)
+    with zoo.kernel_backend('torch'):
+        inside = op(*split(fused))
+        torch.testing.assert_close(inside, positive(linear_attention)(*split(fused)), rtol=1e-12, atol=1e-12)
+
+
 def grid(op, height, width, lepe=True, gate=True):
     def run(q, k, v, *rest):
         rest = list(rest)
@@ -198,6 +210,7 @@ def test_opcheck():
     _, split = views(5, 2, 12, 2, 8)
     q, k, v, lepe, gate = (x.detach().requires_grad_() for x in split(torch.randn(2, 12, 80)))
     torch.library.opcheck(ops._linear_op.custom, (q, k, v, 1e-4, True))
+    torch.library.opcheck(ops._linear_op.custom, (q, k, v, 1e-4, True, True))
     torch.library.opcheck(ops._rank_op.custom, (q, k, v, lepe, gate, 3, 4, 1e-6))
     torch.library.opcheck(ops._rank_op.custom, (q, k, v, lepe, None, 3, 4, 1e-6))
 

@@ -20,6 +20,7 @@ TOOLS = {
     'chat': ('zoo.tools.chat', 'cli_chat'),
     'eval-vlm': ('zoo.tools.eval_vlm', 'cli_eval_vlm'),
     'cache-latents': ('zoo.tools.cache_latents', 'cli_cache_latents'),
+    'generate-image': ('zoo.tools.generate_image', 'cli_generate_image'),
 }
 
 OVERVIEW = """\
@@ -38,6 +39,7 @@ Vision-language models
 
 Diffusion models
   cache-latents --pipeline NAME --data DATA --output DIR  encode images and captions once, before training
+  generate-image MODEL --prompt TEXT [--size 4096x2048]   linear attention, also far beyond the trained size
 
 Look around
   list [FILTER]              models                       info NAME      parameters, MACs, weights, licence

@@ -9,6 +9,9 @@ Backward, with z = q . kbar + eps, g = do / z, t = S g and c = (q . t) / z, wher
     dq = t - c kbar        dS = mean of q g^T        dkbar = -mean of c q        (q, do read, dq written)
     dk = dS v + dkbar      dv = dS^T k                                          (k, v read, dk, dv written)
 
+With `elu`, q and k go through elu(x) + 1 where they are loaded, and their gradients through its derivative, which is
+min(elu(x) + 1, 1).
+
 The forward's sums are kept: (K + 1) V numbers per head. Values wider than 128 are cut into blocks.
 """
 
@@ -107,15 +110,27 @@ def unsupported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None
 
 
 @triton.jit
+def load_features(x, rows, cols, step, ok, K: tl.constexpr, BK: tl.constexpr, ELU: tl.constexpr):
+    """Features of tokens (BT, BK): as they are, or elu(x) + 1 in fp32; zero outside the tensor."""
+    y = load_tile(x, rows, cols, step, ok, K, BK)
+    if ELU:
+        f = y.to(tl.float32)
+        there = ok[:, None] & (cols < K)[None, :]
+        y = tl.where(there, tl.where(f > 0, f + 1.0, tl.exp(tl.minimum(f, 0.0))), 0.0)
+    return y
+
+
+@triton.jit
 def add_products(a, b, a_step, b_step, n, cols_a, cols_b, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr,
-                 BK: tl.constexpr, BV: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr):  # fmt: skip
+                 BK: tl.constexpr, BV: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
+                 ELU: tl.constexpr):  # fmt: skip
     """Sums over tokens of a b^T (BK, BV) and of a (BK,)."""
     rows = tl.arange(0, BT)
     total = tl.zeros((BK, BV), tl.float32)
     single = tl.zeros((BT, BK), tl.float32)
     for t in range(0, n, BT):
         ok = rows < n - t
-        x = load_tile(a, rows, cols_a, a_step, ok, K, BK)
+        x = load_features(a, rows, cols_a, a_step, ok, K, BK, ELU)
         y = load_tile(b, rows, cols_b, b_step, ok, V, BV)
         total = tl.dot(tl.trans(x.to(CT)), y.to(CT), total, input_precision=PREC)
         single += x.to(tl.float32)
@@ -126,12 +141,13 @@ def add_products(a, b, a_step, b_step, n, cols_a, cols_b, K: tl.constexpr, V: tl
 
 @triton.jit
 def read_out(q, o, q_step, o_step, n, cols_k, cols_v, kv, mean, eps, K: tl.constexpr, V: tl.constexpr,
-             BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr):  # fmt: skip
+             BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
+             ELU: tl.constexpr):  # fmt: skip
     """o = kv^T q / (q . mean + eps) for every token; kv (BK, BV) in the compute type, mean (BK,) fp32."""
     rows = tl.arange(0, BT)
     for t in range(0, n, BT):
         ok = rows < n - t
-        x = load_tile(q, rows, cols_k, q_step, ok, K, BK)
+        x = load_features(q, rows, cols_k, q_step, ok, K, BK, ELU)
         z = tl.sum(x.to(tl.float32) * mean[None, :], 1) + eps
         y = tl.dot(x.to(CT), kv, input_precision=PREC) / z[:, None]
         store_tile(o, y, rows, cols_v, o_step, ok, V, BV)
@@ -153,7 +169,7 @@ def store_state(kv, x, rows, cols, K: tl.constexpr, V: tl.constexpr):
 @triton.jit
 def query_gradients(q, do, dq, kv_ptr, q_step, do_step, dq_step, n, cols_k, iv, mean, eps, K: tl.constexpr,
                     V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, NV: tl.constexpr,
-                    CT: tl.constexpr, PREC: tl.constexpr):  # fmt: skip
+                    CT: tl.constexpr, PREC: tl.constexpr, ELU: tl.constexpr):  # fmt: skip
     """dq, written by value block 0; sums over tokens of q g^T (BK, BV) for block iv and of -c q (BK,)."""
     rows = tl.arange(0, BT)
     block = tl.arange(0, BV)
@@ -163,7 +179,7 @@ def query_gradients(q, do, dq, kv_ptr, q_step, do_step, dq_step, n, cols_k, iv, 
         kv = load_state(kv_ptr, cols_k, block, K, V).to(CT)
     for t in range(0, n, BT):
         ok = rows < n - t
-        x = load_tile(q, rows, cols_k, q_step, ok, K, BK)
+        x = load_features(q, rows, cols_k, q_step, ok, K, BK, ELU)
         xf = x.to(tl.float32)
         y = load_tile(do, rows, iv * BV + block, do_step, ok, V, BV)
         inverse = 1.0 / (tl.sum(xf * mean[None, :], 1) + eps)
@@ -178,7 +194,10 @@ def query_gradients(q, do, dq, kv_ptr, q_step, do_step, dq_step, n, cols_k, iv, 
         back *= inverse[:, None]
         c = tl.sum(xf * back, 1) * inverse
         ok = ok & (iv == 0)
-        store_tile(dq, back - c[:, None] * mean[None, :], rows, cols_k, dq_step, ok, K, BK)
+        grad = back - c[:, None] * mean[None, :]
+        if ELU:
+            grad *= tl.minimum(xf, 1.0)
+        store_tile(dq, grad, rows, cols_k, dq_step, ok, K, BK)
         g = y.to(tl.float32) * inverse[:, None]
         total = tl.dot(tl.trans(x.to(CT)), g.to(CT), total, input_precision=PREC)
         single -= c[:, None] * xf
@@ -191,13 +210,14 @@ def query_gradients(q, do, dq, kv_ptr, q_step, do_step, dq_step, n, cols_k, iv, 
 @triton.jit
 def key_gradients(k, v, dk, dv, dkv_ptr, dkv, dmean, k_step, v_step, dk_step, dv_step, n, cols_k, K: tl.constexpr,
                   V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, NV: tl.constexpr,
-                  CT: tl.constexpr, PREC: tl.constexpr):  # fmt: skip
+                  CT: tl.constexpr, PREC: tl.constexpr, ELU: tl.constexpr):  # fmt: skip
     """dk and dv of every token. dkv (BK, BV) in the compute type is the only block (NV = 1), or else read anew."""
     rows = tl.arange(0, BT)
     block = tl.arange(0, BV)
     for t in range(0, n, BT):
         ok = rows < n - t
-        x = load_tile(k, rows, cols_k, k_step, ok, K, BK).to(CT)
+        features = load_features(k, rows, cols_k, k_step, ok, K, BK, ELU)
+        x = features.to(CT)
         if NV == 1:
             y = load_tile(v, rows, block, v_step, ok, V, BV).to(CT)
             back = tl.dot(y, tl.trans(dkv), input_precision=PREC)
@@ -209,7 +229,10 @@ def key_gradients(k, v, dk, dv, dkv_ptr, dkv, dmean, k_step, v_step, dk_step, dv
                 part = load_state(dkv_ptr, cols_k, j * BV + block, K, V).to(CT)
                 back = tl.dot(y, tl.trans(part), back, input_precision=PREC)
                 store_tile(dv, tl.dot(x, part, input_precision=PREC), rows, j * BV + block, dv_step, ok, V, BV)
-        store_tile(dk, back + dmean[None, :], rows, cols_k, dk_step, ok, K, BK)
+        grad = back + dmean[None, :]
+        if ELU:
+            grad *= tl.minimum(features.to(tl.float32), 1.0)
+        store_tile(dk, grad, rows, cols_k, dk_step, ok, K, BK)
         k += BT * k_step.to(tl.int64)
         v += BT * v_step.to(tl.int64)
         dk += BT * dk_step.to(tl.int64)
@@ -238,12 +261,12 @@ def start(x, b, h, first, x_b, x_t, x_h, A: tl.constexpr):
 @triton.jit(do_not_specialize=SIZES)
 def la_fwd_kernel_sums(k, v, kv, mean, T, per, H, share, k_b, k_t, k_h, v_b, v_t, v_h, K: tl.constexpr,
                        V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, A: tl.constexpr,
-                       CT: tl.constexpr, PREC: tl.constexpr):  # fmt: skip
+                       CT: tl.constexpr, PREC: tl.constexpr, ELU: tl.constexpr):  # fmt: skip
     b, h, first, n = place(T, per, H)
     iv = tl.program_id(2)
     cols_k, cols_v = tl.arange(0, BK), iv * BV + tl.arange(0, BV)
     total, single = add_products(start(k, b, h, first, k_b, k_t, k_h, A), start(v, b, h, first, v_b, v_t, v_h, A),
-                                 k_t * A, v_t * A, n, cols_k, cols_v, K, V, BT, BK, BV, CT, PREC)  # fmt: skip
+                                 k_t * A, v_t * A, n, cols_k, cols_v, K, V, BT, BK, BV, CT, PREC, ELU)  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     store_state(kv + row * (K * V), total * share, cols_k, cols_v, K, V)
     tl.store(mean + row * K + cols_k, single * share, mask=(cols_k < K) & (iv == 0))
@@ -275,27 +298,28 @@ def la_kernel_merge(parts_kv, parts_mean, kv, mean, parts, singles, share, BLOCK
 @triton.jit(do_not_specialize=SIZES)
 def la_fwd_kernel_out(q, o, kv, mean, T, per, H, eps, q_b, q_t, q_h, K: tl.constexpr, V: tl.constexpr,
                       BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, A: tl.constexpr, CT: tl.constexpr,
-                      PREC: tl.constexpr):  # fmt: skip
+                      PREC: tl.constexpr, ELU: tl.constexpr):  # fmt: skip
     b, h, first, n = place(T, per, H)
     cols_k, cols_v = tl.arange(0, BK), tl.program_id(2) * BV + tl.arange(0, BV)
     head = tl.program_id(1).to(tl.int64)
     state = load_state(kv + head * (K * V), cols_k, cols_v, K, V).to(CT)
     key = tl.load(mean + head * K + cols_k, mask=cols_k < K, other=0.0)
     read_out(start(q, b, h, first, q_b, q_t, q_h, A), o + ((b * T + first) * H + h) * V, q_t * A, H * V, n, cols_k,
-             cols_v, state, key, eps, K, V, BT, BK, BV, CT, PREC)  # fmt: skip
+             cols_v, state, key, eps, K, V, BT, BK, BV, CT, PREC, ELU)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SIZES)
 def la_fwd_kernel_head(q, k, v, o, kv, mean, T, H, share, eps, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
                        K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
                        A: tl.constexpr, ST: tl.constexpr, SPREC: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
-                       KEEP: tl.constexpr):  # fmt: skip
+                       KEEP: tl.constexpr, ELU: tl.constexpr):  # fmt: skip
     """The whole forward pass of one head (and value block)."""
     b, h, first, n = place(T, T, H)
     iv = tl.program_id(2)
     cols_k, cols_v = tl.arange(0, BK), iv * BV + tl.arange(0, BV)
     total, single = add_products(start(k, b, h, first, k_b, k_t, k_h, A), start(v, b, h, first, v_b, v_t, v_h, A),
-                                 k_t * A, v_t * A, n, cols_k, cols_v, K, V, BT, BK, BV, ST, SPREC)  # fmt: skip
+                                 k_t * A, v_t * A, n, cols_k, cols_v, K, V, BT, BK, BV, ST, SPREC,
+                                 ELU)  # fmt: skip
     total *= share
     single *= share
     if KEEP:
@@ -303,13 +327,14 @@ def la_fwd_kernel_head(q, k, v, o, kv, mean, T, H, share, eps, q_b, q_t, q_h, k_
         store_state(kv + head * (K * V), total, cols_k, cols_v, K, V)
         tl.store(mean + head * K + cols_k, single, mask=(cols_k < K) & (iv == 0))
     read_out(start(q, b, h, first, q_b, q_t, q_h, A), o + (b * T * H + h) * V, q_t * A, H * V, n, cols_k, cols_v,
-             total.to(CT), single, eps, K, V, BT, BK, BV, CT, PREC)  # fmt: skip
+             total.to(CT), single, eps, K, V, BT, BK, BV, CT, PREC, ELU)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SIZES)
 def la_bwd_kernel_queries(q, do, dq, kv, mean, dkv, dmean, T, per, H, share, eps, q_b, q_t, q_h, do_b, do_t, do_h,
                           K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-                          NV: tl.constexpr, A: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr):  # fmt: skip
+                          NV: tl.constexpr, A: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
+                          ELU: tl.constexpr):  # fmt: skip
     b, h, first, n = place(T, per, H)
     iv = tl.program_id(2)
     cols_k, head = tl.arange(0, BK), tl.program_id(1).to(tl.int64)
@@ -317,7 +342,7 @@ def la_bwd_kernel_queries(q, do, dq, kv, mean, dkv, dmean, T, per, H, share, eps
     total, single = query_gradients(start(q, b, h, first, q_b, q_t, q_h, A),
                                     start(do, b, h, first, do_b, do_t, do_h, A),
                                     dq + ((b * T + first) * H + h) * K, kv + head * (K * V), q_t * A, do_t * A, H * K,
-                                    n, cols_k, iv, key, eps, K, V, BT, BK, BV, NV, CT, PREC)  # fmt: skip
+                                    n, cols_k, iv, key, eps, K, V, BT, BK, BV, NV, CT, PREC, ELU)  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + head
     store_state(dkv + row * (K * V), total * share, cols_k, iv * BV + tl.arange(0, BV), K, V)
     tl.store(dmean + row * K + cols_k, single * share, mask=(cols_k < K) & (iv == 0))
@@ -326,20 +351,21 @@ def la_bwd_kernel_queries(q, do, dq, kv, mean, dkv, dmean, T, per, H, share, eps
 @triton.jit(do_not_specialize=SIZES)
 def la_bwd_kernel_keys(k, v, dk, dv, dkv, dmean, T, per, H, k_b, k_t, k_h, v_b, v_t, v_h, K: tl.constexpr,
                        V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, NV: tl.constexpr,
-                       A: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr):  # fmt: skip
+                       A: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr, ELU: tl.constexpr):  # fmt: skip
     b, h, first, n = place(T, per, H)
     cols_k, head, row = tl.arange(0, BK), tl.program_id(1).to(tl.int64), (b * T + first) * H + h
     state = load_state(dkv + head * (K * V), cols_k, tl.arange(0, BV), K, V).to(CT)
     key = tl.load(dmean + head * K + cols_k, mask=cols_k < K, other=0.0)
     key_gradients(start(k, b, h, first, k_b, k_t, k_h, A), start(v, b, h, first, v_b, v_t, v_h, A), dk + row * K,
                   dv + row * V, dkv + head * (K * V), state, key, k_t * A, v_t * A, H * K, H * V, n, cols_k, K, V, BT,
-                  BK, BV, NV, CT, PREC)  # fmt: skip
+                  BK, BV, NV, CT, PREC, ELU)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SIZES)
 def la_bwd_kernel_head(q, k, v, do, dq, dk, dv, kv, mean, T, H, share, eps, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t,
                        v_h, do_b, do_t, do_h, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
-                       BV: tl.constexpr, A: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr):  # fmt: skip
+                       BV: tl.constexpr, A: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
+                       ELU: tl.constexpr):  # fmt: skip
     """The whole backward pass of one head, with values in one block."""
     b, h, first, n = place(T, T, H)
     cols_k, head, row = tl.arange(0, BK), tl.program_id(1).to(tl.int64), b * T * H + h
@@ -347,10 +373,10 @@ def la_bwd_kernel_head(q, k, v, do, dq, dk, dv, kv, mean, T, H, share, eps, q_b,
     total, single = query_gradients(start(q, b, h, first, q_b, q_t, q_h, A),
                                     start(do, b, h, first, do_b, do_t, do_h, A),
                                     dq + row * K, kv + head * (K * V), q_t * A, do_t * A, H * K, n, cols_k, 0, key,
-                                    eps, K, V, BT, BK, BV, 1, CT, PREC)  # fmt: skip
+                                    eps, K, V, BT, BK, BV, 1, CT, PREC, ELU)  # fmt: skip
     key_gradients(start(k, b, h, first, k_b, k_t, k_h, A), start(v, b, h, first, v_b, v_t, v_h, A), dk + row * K,
                   dv + row * V, kv, (total * share).to(CT), single * share, k_t * A, v_t * A, H * K, H * V, n, cols_k,
-                  K, V, BT, BK, BV, 1, CT, PREC)  # fmt: skip
+                  K, V, BT, BK, BV, 1, CT, PREC, ELU)  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -396,7 +422,7 @@ def merge(parts_kv, parts_single, kv, single, parts: int, share: float) -> None:
     launch(la_kernel_merge, grid, (parts_kv, parts_single, kv, single), (parts, singles, share), consts, 4, 2)
 
 
-def linear_attention_fwd(q, k, v, eps: float, keep: bool):
+def linear_attention_fwd(q, k, v, eps: float, keep: bool, elu: bool):
     """Outputs (B, T, H, V); fp32 mean of k v^T (B, H, K, V) and of k (B, H, K), empty ones unless `keep`."""
     q, k, v = rows(q), rows(k), rows(v)
     (B, T, H, K), V, device = q.shape, v.shape[-1], q.device
@@ -410,23 +436,23 @@ def linear_attention_fwd(q, k, v, eps: float, keep: bool):
     fused = parts == 1 and cfg.head is not None
     kv, mean = (torch.empty(shape if keep or not fused else 0, **fp32) for shape in ((B, H, K, V), (B, H, K)))
     if fused:
-        consts = blocks(cfg.head.bt) | {'ST': st, 'SPREC': sprec, 'CT': ct, 'PREC': prec, 'KEEP': keep}
+        consts = blocks(cfg.head.bt) | {'ST': st, 'SPREC': sprec, 'CT': ct, 'PREC': prec, 'KEEP': keep, 'ELU': elu}
         sizes = (T, H, 1 / T, eps, *strides(unit, q, k, v))
         launch(la_fwd_kernel_head, (1, B * H, cfg.nv), (q, k, v, o, kv, mean), sizes, consts, *cfg.head.launch)
         return o, kv, mean
     parts_kv, parts_mean = sums_of_parts(parts, kv, mean)
     sizes = (T, per, H, 1 / T if parts == 1 else 1.0, *strides(unit, k, v))
     launch(la_fwd_kernel_sums, (parts, B * H, cfg.nv), (k, v, parts_kv, parts_mean), sizes,
-           blocks(cfg.sums.bt) | {'CT': st, 'PREC': sprec}, *cfg.sums.launch)  # fmt: skip
+           blocks(cfg.sums.bt) | {'CT': st, 'PREC': sprec, 'ELU': elu}, *cfg.sums.launch)  # fmt: skip
     merge(parts_kv, parts_mean, kv, mean, parts, 1 / T)
     per = span(T, B * H, cfg.reads.bt, device)
     launch(la_fwd_kernel_out, (ceil_div(T, per), B * H, cfg.nv), (q, o, kv, mean),
-           (T, per, H, eps, *strides(unit, q)), blocks(cfg.reads.bt) | {'CT': ct, 'PREC': prec},
+           (T, per, H, eps, *strides(unit, q)), blocks(cfg.reads.bt) | {'CT': ct, 'PREC': prec, 'ELU': elu},
            *cfg.reads.launch)  # fmt: skip
     return (o, kv, mean) if keep else (o, kv.new_empty(0), kv.new_empty(0))
 
 
-def linear_attention_bwd(q, k, v, kv, mean, do, eps: float):
+def linear_attention_bwd(q, k, v, kv, mean, do, eps: float, elu: bool):
     """Gradients dq, dk, dv; `kv` and `mean` are those of the forward pass."""
     q, k, v, do = rows(q), rows(k), rows(v), rows(do)
     (B, T, H, K), V, device = q.shape, v.shape[-1], q.device
@@ -435,7 +461,7 @@ def linear_attention_bwd(q, k, v, kv, mean, do, eps: float):
     ct, prec = compute_types(q.dtype)
     many = {'NV': cfg.nv}
     blocks = lambda bt, more: (  # noqa: E731
-        {'K': K, 'V': V, 'BT': bt, 'BK': cfg.bk, 'BV': cfg.bv} | more | {'A': unit, 'CT': ct, 'PREC': prec}
+        {'K': K, 'V': V, 'BT': bt, 'BK': cfg.bk, 'BV': cfg.bv} | more | {'A': unit, 'CT': ct, 'PREC': prec, 'ELU': elu}
     )
     parts, per = cut(T, B * H * cfg.nv, cfg.sums, device)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (q, k, v))

@@ -95,7 +95,17 @@ def check(say, shard=(0, 1), dtypes=(torch.float32, torch.float16, torch.bfloat1
                 continue
             for seed in SEEDS:
                 bad += one(case, dtype, seed, say)
+                bad += len(case) == 5 and one_elu(case, dtype, seed, say)
     return bad
+
+
+def one_elu(case, dtype, seed, say) -> bool:
+    batch, tokens, heads, key_dim, value_dim = case
+    tensors, upstream = draw((key_dim, key_dim, value_dim), batch, tokens, heads, dtype, seed)
+    inside = lambda q, k, v: linear_attention(q, k, v, elu=True)  # noqa: E731
+    outside = lambda q, k, v: formula(F.elu(q) + 1, F.elu(k) + 1, v)  # noqa: E731
+    label = ('linear_attention_elu', case, dtype, seed)
+    return compare(inside, outside, tensors, upstream, ('dq', 'dk', 'dv'), label, say)
 
 
 def one(case, dtype, seed, say) -> bool:

@@ -1,4 +1,4 @@
-"""`zoo bench models|kernels|vlm`: times beside those of the models and kernels one would use instead.
+"""`zoo bench models|kernels|vlm|unet`: times beside those of the models and kernels one would use instead.
 
 Everything that is compared runs in one process. Without arguments `zoo bench models` measures the smallest ViG beside
 DeiT-tiny: inference and training at 224 and 1024 pixels (on a CPU training at 224 only).
@@ -15,10 +15,13 @@ from zoo.errors import ZooError
 from zoo.tools._bench_kernels import add_arguments as add_kernel_arguments
 from zoo.tools._bench_kernels import bench_kernels
 from zoo.tools._bench_models import NATIVE, bench_models
+from zoo.tools._bench_unet import add_arguments as add_unet_arguments
+from zoo.tools._bench_unet import bench_unet
 from zoo.tools._bench_vlm import add_arguments as add_vlm_arguments
 from zoo.tools._bench_vlm import bench_vlm
 from zoo.tools._timing import write_json
 
+_VERBS = {'models': bench_models, 'kernels': bench_kernels, 'vlm': bench_vlm, 'unet': bench_unet}
 _YES_NO = {'nargs': '?', 'const': 'yes', 'choices': ('no', 'yes', 'both')}
 _WHICH = {'nargs': '?', 'const': '*', 'metavar': 'A,B'}
 
@@ -62,7 +65,7 @@ def _add_model_arguments(models: argparse.ArgumentParser) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog='zoo bench', description=__doc__.split('\n', 1)[1].strip())
-    verbs = parser.add_subparsers(dest='what', required=True, metavar='models|kernels|vlm')
+    verbs = parser.add_subparsers(dest='what', required=True, metavar='models|kernels|vlm|unet')
     models = verbs.add_parser('models', help='whole models', description='Whole models beside those of timm.')
     _add_model_arguments(models)
     kernels = verbs.add_parser('kernels', help='the ops', description='Kernels beside what one would use instead.')
@@ -70,7 +73,10 @@ def _parser() -> argparse.ArgumentParser:
     vlm = verbs.add_parser('vlm', help='generation at growing lengths', description='A HoVLE-sized decoder and its '
                            'linear and hybrid students with random weights, through generate.')  # fmt: skip
     add_vlm_arguments(vlm)
-    for verb in (models, kernels, vlm):
+    unet = verbs.add_parser('unet', help='steps of diffusion UNets', description='A step of the SD 1.5 and SDXL UNets '
+                            'with random weights: softmax against linear self-attention at growing sizes.')  # fmt: skip
+    add_unet_arguments(unet)
+    for verb in (models, kernels, vlm, unet):
         verb.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
         verb.add_argument('--threads', type=int, help="torch's CPU threads")
         verb.add_argument('--warmup', type=int, help='uncounted calls after the first; default: 2, on CUDA 10')
@@ -85,14 +91,16 @@ def cli_bench(argv: list[str]) -> int:
     gpu = args.device.startswith('cuda')
     if gpu and not torch.cuda.is_available():
         raise ZooError('--device cuda: torch sees no CUDA device here (zoo doctor says what it sees)')
-    args.dtype = args.dtype or ('bf16' if gpu else 'fp32')
+    args.dtype = args.dtype or (('fp16' if args.what == 'unet' else 'bf16') if gpu else 'fp32')
     args.warmup = args.warmup if args.warmup is not None else (10 if gpu else 2)
     args.repeats = args.repeats or (50 if gpu else 10)
     threads, tuned = torch.get_num_threads(), torch.backends.cudnn.benchmark
     torch.set_num_threads(args.threads or threads)
     torch.backends.cudnn.benchmark = gpu or tuned  # sizes do not change: the fastest convolution for everybody
     try:
-        result = {'models': bench_models, 'kernels': bench_kernels, 'vlm': bench_vlm}[args.what](args)
+        result = {'models': bench_models, 'kernels': bench_kernels, 'vlm': bench_vlm, 'unet': bench_unet}[args.what](
+            args
+        )
     finally:
         torch.set_num_threads(threads)
         torch.backends.cudnn.benchmark = tuned
