@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import tiny_pipelines
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -376,5 +375,6 @@ def test_distils_from_a_cache(pipelines, tmp_path):
     args += ['--run.mode=min', f'--run.root={tmp_path}', '--run.name=cached', '--run.threads=1']
     assert main(args) == 0
     assert (tmp_path / 'cached' / 'linfusion' / 'config.json').is_file()
-    assert F.mse_loss(*(load_file(tmp_path / 'cached' / 'linfusion' / 'diffusion_pytorch_model.safetensors')[k]
-                        for k in ('0.to_q.weight', '0.to_k.weight'))) > 0  # fmt: skip
+    teacher = load_pipeline(pipelines / 'sd15').unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1
+    found = load_file(tmp_path / 'cached' / 'linfusion' / 'diffusion_pytorch_model.safetensors')['0.to_q.weight']
+    assert 0 < (found - teacher.to_q.weight).abs().max() < 0.1, 'not the teacher, four steps later'

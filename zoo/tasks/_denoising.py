@@ -219,6 +219,13 @@ class Frame:
         return found.mean.float(), found.std.float()
 
     @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in about -1..1 of latents, outside of any autocast."""
+        shift = getattr(self.vae.config, 'shift_factor', None) or 0.0
+        with torch.autocast(latents.device.type, enabled=False):
+            return self.vae.decode((latents.float() / self.vae.config.scaling_factor + shift).to(self.vae.dtype)).sample
+
+    @torch.no_grad()
     def encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
         """prompt_embeds (B, T, D), and pooled_embeds (B, P) where the pipeline has them."""
         made = self.pipeline.encode_prompt(

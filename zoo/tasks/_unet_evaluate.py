@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,7 +89,7 @@ def _evaluate(task: DistillUNet, report: Path) -> None:
     elif settings.prompts:
         frame.to(task.device)
         with _inference(task):
-            drawn = {name: draw_prompts(frame.pipeline, unet, settings) for name, unet in unets.items()}
+            drawn = {name: draw_prompts(frame, unet, settings) for name, unet in unets.items()}
         images = [image for group in zip(*drawn.values()) for image in group]
         captions = [f'{name}\n{prompt[:28]}' for prompt in settings.prompts for name in drawn]
         plot_sheet(images, captions, report / 'samples.png')
@@ -102,7 +103,9 @@ def _held_out(task: DistillUNet, students: dict[str, Student]) -> tuple[dict[str
     teacher's noise error."""
     data, frame = task.trainer.datamodule, task.frame
     sums, teacher, count = {name: torch.zeros(3, dtype=torch.float64) for name in students}, 0.0, 0
-    for number, batch in enumerate(data.test_dataloader()):
+    loader, limit = data.test_dataloader(), task.trainer.limit_test_batches
+    limit = limit if isinstance(limit, int) else round(limit * len(loader))
+    for number, batch in enumerate(itertools.islice(loader, limit)):
         batch = data.transfer_batch_to_device(batch, task.device, 0)
         batch = data.on_after_batch_transfer(batch, 0)
         size = count_usable(data, batch)

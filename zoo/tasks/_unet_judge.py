@@ -7,7 +7,6 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -153,12 +152,12 @@ class Verdict:
         from torchmetrics.image.fid import FrechetInceptionDistance
 
         self.net, self.batch_size, self.size = net, batch_size, real.shape[-2:]
-        features = _Features(net)
-        self.distance = FrechetInceptionDistance(feature=features, reset_real_features=False, normalize=True)
-        self.distance.to(real.device)
+        # on the CPU, where torch has the eigenvalues that it needs; features come ready
+        given = _Given(net.num_features)
+        self.distance = FrechetInceptionDistance(feature=given, reset_real_features=False, normalize=True)
         with torch.no_grad():
             for part in real.split(batch_size):
-                self.distance.update(part, real=True)
+                self.distance.update(net.features(part).cpu(), real=True)
 
     @torch.no_grad()
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[float, float]:
@@ -173,17 +172,18 @@ class Verdict:
         right = 0
         self.distance.reset()
         for part, truth in zip(images.split(self.batch_size), labels.split(self.batch_size)):
-            right += int((self.net(part).argmax(1) == truth).sum())
-            self.distance.update(part, real=False)
+            features = self.net.features(part)
+            right += int((self.net.head(features).argmax(1) == truth).sum())
+            self.distance.update(features.cpu(), real=False)
         return right / len(images), float(self.distance.compute())
 
 
-class _Features(nn.Module):
-    """The judge as torchmetrics takes a feature extractor."""
+class _Given(nn.Module):
+    """What torchmetrics takes for a feature extractor where features are known."""
 
-    def __init__(self, net: JudgeNet) -> None:
+    def __init__(self, num_features: int) -> None:
         super().__init__()
-        self.net, self.num_features = net, net.num_features
+        self.num_features = num_features
 
-    def forward(self, images: Any) -> Tensor:
-        return self.net.features(images)
+    def forward(self, features: Tensor) -> Tensor:
+        return features

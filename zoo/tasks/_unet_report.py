@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from zoo.data.seeding import derive_seed, run_seed
 from zoo.report import _BLUE, _COLOURS, _ORANGE, _figure, plot_sheet, read_metrics
+from zoo.tasks._denoising import Frame
 from zoo.tasks._distill_report import show, write_json
 from zoo.tasks._unet_judge import Judge
 
@@ -86,15 +87,17 @@ def draw_classes(pipeline: Any, unet: nn.Module, settings: Samples, count: int, 
     return images, labels.to(images.device)
 
 
-def draw_prompts(pipeline: Any, unet: nn.Module, settings: Samples) -> list[Image.Image]:
+def draw_prompts(frame: Frame, unet: nn.Module, settings: Samples) -> list[Image.Image]:
     """One image for each prompt, the same starting noise for every model."""
+    pipeline = frame.pipeline
     former, pipeline.unet = pipeline.unet, unet
     try:
         images = []
         for number, prompt in enumerate(settings.prompts):
             generator = torch.Generator().manual_seed(derive_seed(run_seed(), 3, number) % 2**63)
             options = {'num_inference_steps': settings.steps, 'guidance_scale': settings.guidance}
-            images += pipeline(prompt, generator=generator, **options).images
+            latents = pipeline(prompt, generator=generator, output_type='latent', **options).images
+            images += pipeline.image_processor.postprocess(frame.decode(latents), output_type='pil')
         return images
     finally:
         pipeline.unet = former
@@ -113,14 +116,15 @@ def mosaic(images: Tensor, columns: int) -> Image.Image:
     return Image.fromarray(sheet.permute(1, 2, 0).numpy())
 
 
-def sample_sheet(pipeline: Any, settings: Samples, target: Path) -> None:
+def draw_sheet(frame: Frame, settings: Samples, target: Path) -> None:
     """Draws the samples of a pipeline's own UNet."""
-    if hasattr(pipeline, 'classes'):
+    pipeline = frame.pipeline
+    if frame.classes is not None:
         size = pipeline.unet.config.sample_size
         images, _ = draw_classes(pipeline, pipeline.unet, settings, pipeline.classes * settings.rows, size)
         plot_panels({'samples, a class in each column': mosaic(images, pipeline.classes)}, target)
     elif settings.prompts:
-        plot_sheet(draw_prompts(pipeline, pipeline.unet, settings), settings.prompts, target)
+        plot_sheet(draw_prompts(frame, pipeline.unet, settings), settings.prompts, target)
 
 
 def plot_panels(panels: dict[str, Image.Image], target: Path) -> None:

@@ -113,6 +113,9 @@ class DistillUNet(LightningModule):
         dtype = _DTYPES.get(trainer.precision, torch.float32)
         frame = Frame(load_pipeline(name, dtype))
         frame.check(trainer.datamodule)
+        if frame.classes is not None and self.samples.count and not getattr(trainer.datamodule, 'splits', None):
+            name = type(trainer.datamodule).__name__
+            raise ZooError(f'{name} is a stream, from which no judge is trained: set --model.samples.count 0')
         device = trainer.strategy.root_device
         frame.to(device, encode=not getattr(trainer.datamodule, 'encoded', False))
         teacher = frame.pipeline.unet.to(device)

@@ -13,7 +13,7 @@ from torch import nn
 from zoo.data.seeding import derive_seed, keyed_randomness, run_seed, seed_all
 from zoo.errors import RunError, ZooError
 from zoo.tasks._denoising import PIPELINE, Denoising, Frame, load_pipeline
-from zoo.tasks._unet_report import Samples, plot_losses, sample_sheet
+from zoo.tasks._unet_report import Samples, draw_sheet, plot_losses
 from zoo.tasks.classify import Ema, adapt_ema, build_ema
 from zoo.tasks.nonfinite import first_nonfinite
 from zoo.tasks.optim import Optim, Schedule, UpdateSchedule, as_dataclass, as_plain, fit_optimizer
@@ -195,10 +195,12 @@ class TrainUNet(LightningModule):
         report.mkdir(parents=True, exist_ok=True)
         plot_losses(self.run_dir / 'metrics.csv', report / 'curves.png')
         pipeline = self.frame.pipeline
-        pipeline.unet = self.eval_net.requires_grad_(False).eval()
-        self.frame.to(self.device)
-        if test and self.samples.count:
-            sample_sheet(pipeline, self.samples, report / 'samples.png')
+        device = self.trainer.strategy.root_device  # which the trainer has taken the network away from
+        pipeline.unet = self.eval_net.requires_grad_(False).eval().to(device)
+        if test and (self.samples.count or self.samples.prompts):
+            self.frame.to(device)
+            with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+                draw_sheet(self.frame, self.samples, report / 'samples.png')
         save_pipeline(pipeline, self.run_dir / PIPELINE)
         loss = self.trainer.callback_metrics.get('val/noise_mse')
         line = [] if loss is None else [f'noise MSE on the validation split: {float(loss):.4f}']
