@@ -3,8 +3,8 @@
 Everything is a function of (seed, epoch, index). Objects stand in a 3 x 3 grid, each a little off its cell's middle, in
 one of three sizes, on a dark and noisy ground. A scene holds a group of 1..3 objects of one shape and as many colours,
 a group of 1..3 objects of one colour and as many shapes, and a single object that shares neither with anybody, so that
-one word names each object: `red` in the first group, `ring` elsewhere. The colour and the shape of the same number
-never meet in training; held-out scenes have that pair in both groups, and their questions are about it.
+`ring` names one object of the second group, or the single one. The colour and the shape of the same number never meet
+in training; held-out scenes have that pair in both groups, and their questions are about the second group's.
 
 All steps treat colours, shapes, cells and directions alike, so within a type every answer is equally frequent.
 """
@@ -86,8 +86,13 @@ class Scenes:
         return f'{tuple(COLOURS)[self.colour[row, item]]} {SHAPES[self.shape[row, item]]}'
 
     def name(self, row: int, item: int) -> str:
-        """What nothing else in the scene has: the colour in the group of one shape, the shape of all others."""
-        return tuple(COLOURS)[self.colour[row, item]] if item < MOST else SHAPES[self.shape[row, item]]
+        return SHAPES[self.shape[row, item]]
+
+    def named(self, row: int) -> np.ndarray:
+        """The objects whose shape occurs once, which names them."""
+        present = np.flatnonzero(self.there[row])
+        shapes = self.shape[row, present]
+        return present[np.bincount(shapes, minlength=len(SHAPES))[shapes] == 1]
 
 
 class _Draws:
@@ -249,18 +254,15 @@ def _pick(among: np.ndarray, number: float) -> int:
     return int(among[int(number * len(among))])
 
 
+def _target(scenes: Scenes, row: int, number: float) -> int | None:
+    """An object to ask about: in held-out scenes the held-out one of the group of one colour."""
+    among = np.array([MOST]) if scenes.held_out else scenes.named(row)
+    return _pick(among, number) if len(among) else None
+
+
 def _colour(scenes: Scenes, row: int, numbers: np.ndarray) -> tuple[str, str] | None:
-    """About an object whose shape occurs once; None where there is none."""
-    if scenes.held_out:
-        item = MOST  # the first object of the group of one colour
-    else:
-        present = np.flatnonzero(scenes.there[row])
-        shapes = scenes.shape[row, present]
-        unique = present[np.bincount(shapes, minlength=len(SHAPES))[shapes] == 1]
-        if not len(unique):
-            return None
-        item = _pick(unique, numbers[0])
-    return f'colour of {SHAPES[scenes.shape[row, item]]}', tuple(COLOURS)[scenes.colour[row, item]]
+    item = _target(scenes, row, numbers[0])
+    return None if item is None else (f'colour of {scenes.name(row, item)}', tuple(COLOURS)[scenes.colour[row, item]])
 
 
 def _count(scenes: Scenes, row: int, numbers: np.ndarray) -> tuple[str, str]:
@@ -273,21 +275,18 @@ def _count(scenes: Scenes, row: int, numbers: np.ndarray) -> tuple[str, str]:
     return f'count of {word}', str(0 if none else int(scenes.there[row, group : group + MOST].sum()))
 
 
-def _target(scenes: Scenes, row: int, number: float) -> int:
-    """An object to ask about: in held-out scenes one of the two held-out ones."""
-    return _pick(np.array([0, MOST]) if scenes.held_out else np.flatnonzero(scenes.there[row]), number)
-
-
-def _position(scenes: Scenes, row: int, numbers: np.ndarray) -> tuple[str, str]:
+def _position(scenes: Scenes, row: int, numbers: np.ndarray) -> tuple[str, str] | None:
     item = _target(scenes, row, numbers[0])
-    return f'place of {scenes.name(row, item)}', ANSWERS['position'][scenes.cell[row, item]]
+    return None if item is None else (f'place of {scenes.name(row, item)}', ANSWERS['position'][scenes.cell[row, item]])
 
 
 def _relation(scenes: Scenes, row: int, numbers: np.ndarray) -> tuple[str, str] | None:
     """None where no other object stands clearly in one direction: as far sideways as up or down is neither."""
-    item, cell = _target(scenes, row, numbers[0]), scenes.cell[row]
+    item, others, cell = _target(scenes, row, numbers[0]), scenes.named(row), scenes.cell[row]
+    if item is None:
+        return None
     down, right = cell // _GRID - cell[item] // _GRID, cell % _GRID - cell[item] % _GRID
-    clear = np.flatnonzero(scenes.there[row] & (abs(down) != abs(right)))
+    clear = others[abs(down[others]) != abs(right[others])]
     if not len(clear):
         return None
     other = _pick(clear, numbers[1])
@@ -302,12 +301,12 @@ _ASK = {'colour': _colour, 'count': _count, 'position': _position, 'relation': _
 
 
 def _ask_all(scenes: Scenes, row: int, kinds: list[str], details: np.ndarray) -> list[tuple[str, str, str]] | None:
-    """A turn of each type; where the scene has none, in sparse scenes a position, else None for the whole scene."""
+    """A turn of each type; where the scene has none, in sparse scenes a count, else None for the whole scene."""
     turns = []
     for kind, numbers in zip(kinds, details):
         turn = _ASK[kind](scenes, row, numbers)
         if turn is None and scenes.sparse[row]:
-            kind, turn = 'position', _position(scenes, row, numbers)
+            kind, turn = 'count', _count(scenes, row, numbers)
         if turn is None:
             return None
         turns.append((kind, *turn))
@@ -315,14 +314,14 @@ def _ask_all(scenes: Scenes, row: int, kinds: list[str], details: np.ndarray) ->
 
 
 def _describe(scenes: Scenes, row: int, order: np.ndarray) -> tuple[str, str, str]:
-    """Everything at once: what is in each cell in reading order, or where each object is in a random order."""
-    present = np.flatnonzero(scenes.there[row])
-    if order[0] < order[1]:
+    """Everything at once: what is in each cell in reading order, or where each named object is in a random order."""
+    named = scenes.named(row)
+    if order[0] < order[1] or not len(named):
         cells = [EMPTY] * _GRID**2
-        for item in present:
+        for item in np.flatnonzero(scenes.there[row]):
             cells[scenes.cell[row, item]] = scenes.words(row, item)
         return 'what', 'what', ' '.join(cells)
-    mixed = present[np.argsort(order[present])]
+    mixed = named[np.argsort(order[named])]
     places = [f'{scenes.name(row, i)} {ANSWERS["position"][scenes.cell[row, i]]}' for i in mixed]
     return 'where', 'where', ' '.join(places)
 
