@@ -307,10 +307,10 @@ def test_distillation_leaves_students_and_a_table(distilled, trained):
     assert len(rows) == 2 + 2 * 2 + 3
     assert rows['real, held out', 8]['samples'] == 360
     for name in ('student, teacher init', 'student, random init'):
-        row, start = rows[name, 8], rows[f'the same, not distilled: {name.split()[1]}', 8]
+        row, start = rows[name, 8], rows[name.replace('student', 'undistilled'), 8]
         assert row['samples'] == 20 and rows[name, 16]['samples'] == 10 and 0 <= row['accuracy'] <= 1
         assert row['noise_mse'] > 0 and row['output'] != start['output']
-    random, start = (rows[n, 8] for n in ('student, random init', 'the same, not distilled: random'))
+    random, start = (rows[n, 8] for n in ('student, random init', 'undistilled, random init'))
     assert random['features'] < start['features'], 'six steps have not brought a random student nearer'
     assert (distilled / 'report' / 'samples.png').is_file() and (distilled / 'judge.safetensors').is_file()
 

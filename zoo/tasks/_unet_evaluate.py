@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from zoo.tasks.distill_unet import DistillUNet
 
 STUDENT = 'linfusion'  # the folder of a student's layers in the run's
-REAL, TEACHER = 'real, held out', 'teacher, softmax'
+REAL, TEACHER, UNTRAINED = 'real, held out', 'teacher, softmax', 'undistilled'
 
 
 def conclude(task: DistillUNet, test: bool) -> list[str]:
@@ -76,7 +76,7 @@ def _evaluate(task: DistillUNet, report: Path) -> None:
     frame, settings = task.frame, task.samples
     students = {f'student, {init} init': student for init, student in task.students.items()}
     if settings.untrained:
-        fresh = {f'the same, not distilled: {init}': task.new_student(task.teacher, init) for init in task.inits}
+        fresh = {f'{UNTRAINED}, {init} init': task.new_student(task.teacher, init) for init in task.inits}
         students |= fresh
     with _inference(task):
         errors, noise = _held_out(task, students)
@@ -136,7 +136,7 @@ def _judged(task: DistillUNet, rows: list[Row], unets: dict[str, nn.Module], rep
     judged = f'a classifier that names {100 * rows[0].accuracy:.2f} % of the real ones'
     scored = [(row, unets[row.name]) for row in rows[1:]]
     for side in settings.sizes:
-        scored += [(Row(name, side), unet) for name, unet in unets.items() if 'not distilled' not in name]
+        scored += [(Row(name, side), unet) for name, unet in unets.items() if not name.startswith(UNTRAINED)]
     for row, unet in scored:
         with timed(task.device) as seconds, _inference(task):
             count = settings.count if row.size == size else settings.sizes_count
