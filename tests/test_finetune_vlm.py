@@ -192,7 +192,7 @@ def test_mismatches_are_refused_before_training(tmp_path, capsys):
     small = {**NET, 'text_config': {**TEXT, 'vocab_size': 20}}
     args = ['fit', *COMMON, f'--run.root={tmp_path}']
     assert main([*args, f'--model.net={json.dumps(small)}']) == 2
-    assert 'the processor has 44 tokens, the model (llava) only 20' in capsys.readouterr().err
+    assert 'the processor has 43 tokens, the model (llava) only 20' in capsys.readouterr().err
     others = [a for a in COMMON if not a.startswith('--data')]
     assert main(['fit', *others, '--data=zoo.data.Digits', f'--run.root={tmp_path}']) == 2
     assert 'Digits has no conversations' in capsys.readouterr().err
