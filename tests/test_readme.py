@@ -18,9 +18,11 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from tiny_pipelines import captioned_folder, pipeline
 from vlm_folders import tiny_mmmamba
 
 import zoo  # noqa: F401  registers the models
+from zoo.diffusion import LinFusion
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
@@ -58,6 +60,10 @@ RULES = {
     # tests/test_distill_vlm.py takes every recipe of that folder through its stages
     r'python train\.py fit --config configs/distill_vlm/\S+ --data\.train \S+': None,
     r'zoo (chat|eval-vlm) FOLDER .*': lambda w: w,
+    # slow tests of tests/test_distill_vlm.py and tests/test_distill_unet.py run these whole
+    r'python train\.py fit --config configs/distill_(vlm|unet)/quickstart\.yaml': None,
+    r'zoo generate-image PIPELINE .*': lambda w: w,
+    r'zoo cache-latents --pipeline PIPELINE .*': lambda w: w + ['--size=32', '--bucket-step=8'],
 }
 
 
@@ -98,6 +104,10 @@ def place(tmp_path_factory):
             for i in range(3):
                 pixels = rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / 'data' / 'imagenet' / split / label / f'{i}.png')
+    made = pipeline()
+    LinFusion.attach(made)
+    made.save_pretrained(folder / 'PIPELINE')
+    captioned_folder(folder / 'images')
     (folder / 'FOLDER').mkdir()
     tiny_mmmamba(folder / 'FOLDER')
     picture = folder / 'photo.jpg'
@@ -160,7 +170,7 @@ def test_command(command, place, request):
     out = execute(words, place)
     for option, path in zip(words, words[1:]):
         if option == '--output':
-            assert (place / path).is_file()
+            assert (place / path).exists()
     assert out.strip()
 
 
