@@ -8,9 +8,10 @@ Four types of questions, with short answers that are equally frequent within a t
     relation  ring from plus                  left right above below          25.0 %
 
 Eight pairs of colour and shape (held_out_pairs) never occur in training. Every validation and test image holds two
-objects of such pairs, and its one question is about one of them. Training images carry several questions, which are new in
-every epoch. In the first `easy_epochs` half of them are sparse, and behind the questions comes `what`, answered by two
-words for each cell, or `where`, answered by the place of every object: a small model learns to see sooner.
+objects of such pairs, and its one question is about one of them. Training images carry several questions, which are new
+in every epoch. In the first `easy_epochs` half of them are sparse, and behind the questions comes `what`, answered by
+two words for each cell, or `where`, answered by the place of every object that its shape names: a small model learns to
+see sooner.
 Batches are described in `zoo.data.chat`.
 """
 
