@@ -16,8 +16,6 @@ from diffusers import (
     AutoModel,
     ControlNetModel,
     DiffusionPipeline,
-    DiTTransformer2DModel,
-    PixArtTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
 )
@@ -28,7 +26,6 @@ from peft import LoraConfig
 from zoo.backbones import _linfusion_layer
 from zoo.backbones.linfusion import LinearSelfAttention, LinearUNet2DConditionModel, LinFusion
 
-import zoo.diffusion
 from zoo.tools._unet_rows import unet_config
 
 PARITY = Path(__file__).parent / 'parity'
@@ -565,47 +562,3 @@ def test_compiles_for_other_sizes(plain):
     for size in ((8, 8), (6, 10), (7, 9)):
         torch.testing.assert_close(tiny.step(compiled, size), tiny.step(model, size), rtol=1e-5, atol=1e-5)
     torch._dynamo.reset()
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# DiTs
-
-
-def dits():
-    shared = dict(num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=2, sample_size=8, patch_size=2,
-                  norm_num_groups=4)  # fmt: skip
-    pixart = PixArtTransformer2DModel(**shared, out_channels=8, cross_attention_dim=16, caption_channels=12)
-    return {'pixart': pixart, 'dit': DiTTransformer2DModel(**shared, out_channels=8, num_embeds_ada_norm=10)}
-
-
-def dit_step(model, size=(8, 8)):
-    latents, t, _ = tiny.inputs(size)
-    rng = torch.Generator().manual_seed(0)
-    text = torch.randn(2, 3, 12, generator=rng)
-    sizes = {'resolution': None, 'aspect_ratio': None}
-    pixart = isinstance(model, PixArtTransformer2DModel)
-    given = dict(class_labels=torch.tensor([1, 2]))
-    if pixart:
-        given = dict(encoder_hidden_states=text, added_cond_kwargs=sizes)
-    with torch.no_grad():
-        return model(latents, timestep=t, **given).sample
-
-
-@pytest.mark.parametrize('name', ['pixart', 'dit'])
-def test_plain_dits(name, tmp_path):
-    model = dits()[name].eval()
-    plain_class, before = type(model), dit_step(model)
-    assert before.std() > 0
-    linear = LinFusion.attach(model, init='random', projection_mid_dim=4)
-    assert len(linear.layers) == 2 and linear.layers['transformer_blocks.0.attn1'].to_q.bias is not None
-    expected = dit_step(model)
-    assert not torch.equal(before, expected)
-    model.save_pretrained(tmp_path / 'model'), linear.save_pretrained(tmp_path / 'layers')
-    assert torch.equal(dit_step(AutoModel.from_pretrained(str(tmp_path / 'model'))), expected)
-    with pytest.raises(NotImplementedError, match='import zoo.diffusion'):
-        plain_class.from_pretrained(tmp_path / 'model')
-    linear.detach()
-    assert type(model) is plain_class and torch.equal(dit_step(model), before)
-    LinFusion.attach(model, tmp_path / 'layers')
-    assert torch.equal(dit_step(model), expected)
-    assert type(model) in zoo.diffusion.MODELS
