@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import timm
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback
 from timm.data.mixup import Mixup
 from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
@@ -17,12 +17,12 @@ from torch import nn
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from zoo.data.seeding import run_seed, seed_all
 from zoo.errors import RunError, ZooError
 from zoo.report import TestReport
 from zoo.tasks.distill import Distill, Teacher
+from zoo.tasks.fitting import FittingModule
 from zoo.tasks.nonfinite import first_nonfinite
-from zoo.tasks.optim import Optim, Schedule, UpdateSchedule, as_dataclass, as_plain, fit_optimizer
+from zoo.tasks.optim import Optim, Schedule, as_dataclass, as_plain
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Ema:
     warmup_power: float = 2 / 3
 
 
-class Classify(LightningModule):
+class Classify(FittingModule):
     """Trains a timm model on labelled images.
 
     Args:
@@ -206,17 +206,6 @@ class Classify(LightningModule):
             self.log('train/top1', hits, on_step=False, on_epoch=True, batch_size=size)
         return loss
 
-    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        if self.ema is not None:
-            self.ema.update(self.net, step=self.global_step)
-
-    def configure_optimizers(self) -> dict[str, Any]:
-        return fit_optimizer(self.trainer, self.net, self.optim, self.schedule)
-
-    def lr_scheduler_step(self, scheduler: UpdateSchedule, metric: Any) -> None:
-        scheduler.apply(self.global_step)
-
     # hooks
 
     def setup(self, stage: str) -> None:
@@ -241,17 +230,6 @@ class Classify(LightningModule):
         if self._teacher is not None:
             self._teacher.to(self.device)
 
-    def on_train_start(self) -> None:
-        for config in self.trainer.lr_scheduler_configs:
-            config.scheduler.restore_options(self.global_step)
-
-    def on_train_epoch_start(self) -> None:
-        if hasattr(self.trainer.datamodule, 'set_epoch'):
-            self.trainer.datamodule.set_epoch(self.current_epoch)
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        self._seed_step(batch_idx)
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint['zoo'] = {'class_names': self.class_names, 'view': self.view}
 
@@ -265,9 +243,6 @@ class Classify(LightningModule):
         adapt_ema(checkpoint['state_dict'], wanted=self.ema is not None)
 
     # helpers
-
-    def _seed_step(self, batch_idx: int) -> None:
-        seed_all(run_seed(), self.current_epoch, batch_idx, self.global_rank)
 
     def _layout(self, images: torch.Tensor) -> torch.Tensor:
         return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
@@ -286,7 +261,7 @@ class Classify(LightningModule):
 
     def _diverged(self, images: torch.Tensor, batch: dict[str, Any], batch_idx: int) -> RunError:
         def run() -> torch.Tensor:
-            self._seed_step(batch_idx)
+            self.seed_step(batch_idx)
             return self.net(images)
 
         origin = first_nonfinite(self.net, run, images)

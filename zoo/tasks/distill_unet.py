@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import nn
 
-from zoo.data.seeding import derive_seed, run_seed, seed_all
+from zoo.data.seeding import derive_seed, run_seed
 from zoo.errors import RunError, ZooError
 from zoo.tasks._denoising import Denoising, Frame, load_pipeline
 from zoo.tasks._distill_teacher import is_recipe, prepare_teacher
@@ -25,7 +24,8 @@ from zoo.tasks._unet_evaluate import conclude
 from zoo.tasks._unet_report import Samples
 from zoo.tasks._unet_student import Features, Losses, Student, Weights, losses, self_attention
 from zoo.tasks.classify import Ema, adapt_ema, build_ema
-from zoo.tasks.optim import Optim, Schedule, UpdateSchedule, as_dataclass, as_plain, fit_optimizer
+from zoo.tasks.fitting import FittingModule
+from zoo.tasks.optim import Optim, Schedule, as_dataclass, as_plain
 from zoo.tasks.train_unet import count_usable, held_out_generator
 
 # of the frozen tensors
@@ -33,7 +33,7 @@ _DTYPES = {'bf16-mixed': torch.bfloat16, 'bf16-true': torch.bfloat16, '16-mixed'
 Init = Literal['teacher', 'random']
 
 
-class DistillUNet(LightningModule):
+class DistillUNet(FittingModule):
     """Distils the self-attention of a UNet into linear attention; the run leaves the layers in LinFusion's layout.
 
     Args:
@@ -94,6 +94,10 @@ class DistillUNet(LightningModule):
     # building
 
     @property
+    def trained(self) -> nn.Module:
+        return self.layers
+
+    @property
     def run_dir(self) -> Path:
         return Path(self.trainer.default_root_dir)
 
@@ -145,12 +149,6 @@ class DistillUNet(LightningModule):
         if self.compiled:
             self.__dict__['_call_teacher'] = torch.compile(self.teacher)
 
-    def configure_optimizers(self) -> dict[str, Any]:
-        return fit_optimizer(self.trainer, self.layers, self.optim, self.schedule)
-
-    def lr_scheduler_step(self, scheduler: UpdateSchedule, metric: Any) -> None:
-        scheduler.apply(self.global_step)
-
     # losses
 
     def compare(
@@ -200,11 +198,6 @@ class DistillUNet(LightningModule):
         named = {f'{inner}{key}': getattr(parts, key).detach() for key in ('target', 'output', 'features')}
         self.log_dict(named, batch_size=size, sync_dist=split == 'val')
 
-    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        if self.ema is not None:
-            self.ema.update(self.layers, step=self.global_step)
-
     # hooks
 
     def on_validation_epoch_start(self) -> None:
@@ -218,16 +211,6 @@ class DistillUNet(LightningModule):
         if self.ema is not None:
             for ours, theirs in zip(self.layers.parameters(), self.ema.module.parameters()):
                 ours.data, theirs.data = theirs.data, ours.data
-
-    def on_train_start(self) -> None:
-        for config in self.trainer.lr_scheduler_configs:
-            config.scheduler.restore_options(self.global_step)
-
-    def on_train_epoch_start(self) -> None:
-        self.trainer.datamodule.set_epoch(self.current_epoch)
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        seed_all(run_seed(), self.current_epoch, batch_idx, self.global_rank)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint['zoo'] = {'distill_unet': self._about()}

@@ -7,19 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import nn
 
-from zoo.data.seeding import derive_seed, keyed_randomness, run_seed, seed_all
+from zoo.data.seeding import derive_seed, keyed_randomness, run_seed
 from zoo.errors import RunError, ZooError
 from zoo.tasks._denoising import PIPELINE, Denoising, Frame, load_pipeline
 from zoo.tasks._unet_report import Samples, draw_sheet, plot_losses
 from zoo.tasks.classify import Ema, adapt_ema, build_ema
+from zoo.tasks.fitting import FittingModule
 from zoo.tasks.nonfinite import first_nonfinite
-from zoo.tasks.optim import Optim, Schedule, UpdateSchedule, as_dataclass, as_plain, fit_optimizer
+from zoo.tasks.optim import Optim, Schedule, as_dataclass, as_plain
 
 
-class TrainUNet(LightningModule):
+class TrainUNet(FittingModule):
     """Trains a diffusers UNet to denoise; the run leaves a diffusers pipeline in RUN/model.
 
     Args:
@@ -128,12 +128,6 @@ class TrainUNet(LightningModule):
     def on_fit_start(self) -> None:
         self.frame.to(self.device, encode=not getattr(self.trainer.datamodule, 'encoded', False))
 
-    def configure_optimizers(self) -> dict[str, Any]:
-        return fit_optimizer(self.trainer, self.net, self.optim, self.schedule)
-
-    def lr_scheduler_step(self, scheduler: UpdateSchedule, metric: Any) -> None:
-        scheduler.apply(self.global_step)
-
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor | None:
         size = count_usable(self.trainer.datamodule, batch)
         if not size:
@@ -145,11 +139,6 @@ class TrainUNet(LightningModule):
         self.log('train/loss', loss.detach(), prog_bar=True, on_step=True, on_epoch=True, batch_size=size)
         return loss
 
-    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        if self.ema is not None:
-            self.ema.update(self.net, step=self.global_step)
-
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         size = count_usable(self.trainer.datamodule, batch)
         if size:
@@ -160,16 +149,6 @@ class TrainUNet(LightningModule):
             self.log('val/noise_mse', self.frame.noise_error(found, step).mean(), batch_size=size, sync_dist=True)
 
     # hooks
-
-    def on_train_start(self) -> None:
-        for config in self.trainer.lr_scheduler_configs:
-            config.scheduler.restore_options(self.global_step)
-
-    def on_train_epoch_start(self) -> None:
-        self.trainer.datamodule.set_epoch(self.current_epoch)
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        seed_all(run_seed(), self.current_epoch, batch_idx, self.global_rank)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         theirs = checkpoint.get('hyper_parameters', {})

@@ -14,16 +14,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback
 from torch import nn
 
 from zoo.data.chat import IGNORED, check_tokens, image_token_id, model_inputs, turn_numbers
-from zoo.data.seeding import keyed_randomness, run_seed, seed_all
+from zoo.data.seeding import keyed_randomness, run_seed
 from zoo.errors import RunError, ZooError
 from zoo.tasks._vlm_report import AnswersReport
 from zoo.tasks.classify import Ema, adapt_ema, build_ema
+from zoo.tasks.fitting import FittingModule
 from zoo.tasks.nonfinite import first_nonfinite
-from zoo.tasks.optim import Optim, Schedule, UpdateSchedule, as_dataclass, as_plain, fit_optimizer
+from zoo.tasks.optim import Optim, Schedule, as_dataclass, as_plain
 
 MODEL = 'model'
 
@@ -45,7 +46,7 @@ class Lora:
     targets: str | list[str] = 'all-linear'
 
 
-class FinetuneVLM(LightningModule):
+class FinetuneVLM(FittingModule):
     """Trains a transformers vision-language model on conversations.
 
     Args:
@@ -122,17 +123,6 @@ class FinetuneVLM(LightningModule):
             raise self._diverged(batch, batch_idx)
         self.log('train/loss', loss.detach(), prog_bar=True, on_step=True, on_epoch=True, batch_size=size)
         return loss
-
-    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        if self.ema is not None:
-            self.ema.update(self.net, step=self.global_step)
-
-    def configure_optimizers(self) -> dict[str, Any]:
-        return fit_optimizer(self.trainer, self.net, self.optim, self.schedule)
-
-    def lr_scheduler_step(self, scheduler: UpdateSchedule, metric: Any) -> None:
-        scheduler.apply(self.global_step)
 
     # evaluation
 
@@ -220,16 +210,6 @@ class FinetuneVLM(LightningModule):
 
     # hooks
 
-    def on_train_start(self) -> None:
-        for config in self.trainer.lr_scheduler_configs:
-            config.scheduler.restore_options(self.global_step)
-
-    def on_train_epoch_start(self) -> None:
-        self.trainer.datamodule.set_epoch(self.current_epoch)
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        self._seed_step(batch_idx)
-
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         theirs = checkpoint.get('hyper_parameters', {})
         if isinstance(self.source, dict) and theirs.get('net', self.source) != self.source:
@@ -239,9 +219,6 @@ class FinetuneVLM(LightningModule):
         adapt_ema(checkpoint['state_dict'], wanted=self.ema is not None)
 
     # helpers
-
-    def _seed_step(self, batch_idx: int) -> None:
-        seed_all(run_seed(), self.current_epoch, batch_idx, self.global_rank)
 
     def _count_unusable(self, batch: dict[str, Any]) -> None:
         if batch['failures']:
@@ -253,7 +230,7 @@ class FinetuneVLM(LightningModule):
         inputs = model_inputs(batch)
 
         def run() -> Any:
-            self._seed_step(batch_idx)
+            self.seed_step(batch_idx)
             return self.net(**inputs)
 
         pixels = inputs.get('pixel_values', torch.zeros(()))

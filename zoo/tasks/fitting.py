@@ -1,0 +1,53 @@
+"""What every task with one network, one optimizer and one schedule does around its own training step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from torch import nn
+
+from zoo.data.seeding import run_seed, seed_all
+from zoo.tasks.optim import UpdateSchedule, fit_optimizer
+
+__all__ = ['FittingModule']
+
+
+class FittingModule(LightningModule):
+    """A task that sets `optim`, `schedule` and `ema` (None, or timm's average of `trained`).
+
+    A batch's random numbers are a function of seed, epoch, batch and process, and the learning rate one of the step:
+    a resumed run goes on as if it had never stopped.
+    """
+
+    ema: nn.Module | None
+
+    @property
+    def trained(self) -> nn.Module:
+        """What the optimizer and the average are of."""
+        return self.net
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        return fit_optimizer(self.trainer, self.trained, self.optim, self.schedule)
+
+    def lr_scheduler_step(self, scheduler: UpdateSchedule, metric: Any) -> None:
+        scheduler.apply(self.global_step)
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if self.ema is not None:
+            self.ema.update(self.trained, step=self.global_step)
+
+    def on_train_start(self) -> None:
+        for config in self.trainer.lr_scheduler_configs:
+            config.scheduler.restore_options(self.global_step)
+
+    def on_train_epoch_start(self) -> None:
+        if hasattr(self.trainer.datamodule, 'set_epoch'):
+            self.trainer.datamodule.set_epoch(self.current_epoch)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.seed_step(batch_idx)
+
+    def seed_step(self, batch_idx: int) -> None:
+        seed_all(run_seed(), self.current_epoch, batch_idx, self.global_rank)
