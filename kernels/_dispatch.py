@@ -64,13 +64,18 @@ def _interpreting() -> bool:
     return bool(knobs.runtime.interpret)
 
 
+@functools.cache
+def _too_old(device: torch.device) -> bool:
+    return not torch.version.hip and torch.cuda.get_device_capability(device) < (7, 5)
+
+
 def _why_not_triton(family: str, tensors: tuple[torch.Tensor, ...], unsupported: str | None) -> str | None:
     """The reason Triton cannot take these tensors, or None when it can."""
     if not tensors[0].is_cuda and not _interpreting():
         return f'{tensors[0].device.type} tensors'
     if triton_module(family) is None:
         return 'triton is not installed (pip install triton)'
-    if tensors[0].is_cuda and not torch.version.hip and torch.cuda.get_device_capability(tensors[0].device) < (7, 5):
+    if tensors[0].is_cuda and _too_old(tensors[0].device):
         return 'compute capability below 7.5'
     return unsupported
 

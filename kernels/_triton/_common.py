@@ -151,7 +151,84 @@ def token_rows(x: torch.Tensor, dims: int = 1) -> tuple[torch.Tensor, int]:
     return x, size if distance is None else distance
 
 
-_launched: dict[tuple, tuple] = {}
+def on_device_of_first(function):
+    """Triton launches on the current device, which need not be that of the first argument."""
+
+    @functools.wraps(function)
+    def wrapped(q, *args, **kwargs):
+        if not q.is_cuda or q.device.index == torch.cuda.current_device():
+            return function(q, *args, **kwargs)
+        with torch.cuda.device(q.device):
+            return function(q, *args, **kwargs)
+
+    return wrapped
+
+
+def start(compiled, grid: tuple, args: tuple) -> None:
+    """Start a compiled kernel, which has run before, on the current device's stream.
+
+    `compiled[grid](*args)` calls the hooks of profilers at every launch, which is most of its time: where no profiler
+    has hung one in, they are left out.
+    """
+    runtime = knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    if getattr(enter, 'calls', enter) or getattr(leave, 'calls', leave):
+        compiled[grid](*args)
+        return
+    stream = torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())
+    compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *args)
+
+
+_launched: dict[tuple, object] = {}
+
+
+class Launch:
+    """A kernel with all of a launch but its tensors, which are of the same types in every call.
+
+    From the second call on it goes past Triton's own look-up, which is most of a launch's time.
+
+    Args:
+        kernel: its arguments are the tensors, `sizes`, then the constants by name.
+        grid: three sizes, none of them zero.
+        sizes: run-time numbers, none of them specialised by the kernel.
+        consts: its compile-time constants, in the kernel's order.
+        warps: per program.
+        stages: of pipelined loops.
+        registers: most per thread, if the compiler is to be held back.
+    """
+
+    def __init__(self, kernel, grid, sizes, consts, warps: int = 4, stages: int = 2, registers: int | None = None):
+        self.kernel, self.grid, self.sizes, self.consts = kernel, grid, tuple(sizes), consts
+        self.rest = *self.sizes, *consts.values()
+        self.options = {'num_warps': warps, 'num_stages': stages}
+        if registers is not None:
+            self.options['maxnreg'] = registers
+        self.compiled = None
+
+    def __call__(self, aligned: bool, *tensors: torch.Tensor | None) -> None:
+        """Launch it on the current device.
+
+        Args:
+            aligned: whether all of `tensors` start at multiples of 16 bytes.
+            tensors: pointers, None where absent.
+        """
+        if aligned and self.compiled is not None:
+            start(self.compiled, self.grid, (*tensors, *self.rest))
+        elif interpreting():
+            self.kernel[self.grid](*tensors, *self.sizes, **self.consts)
+        else:
+            compiled = self.kernel[self.grid](*tensors, *self.sizes, **self.consts, **self.options)
+            if aligned:
+                self.compiled = compiled
+
+
+def aligned(*tensors: torch.Tensor | None) -> bool:
+    """Whether all of them start at multiples of 16 bytes."""
+    ends = 0
+    for x in tensors:
+        if x is not None:
+            ends |= x.data_ptr()
+    return ends % 16 == 0
 
 
 def launch(
@@ -164,17 +241,17 @@ def launch(
     stages: int = 2,
     registers: int | None = None,
 ) -> None:
-    """Launch a kernel, from the second time on past Triton's own look-up, which is most of a launch's time.
+    """Launch a kernel once; what `Launch` keeps is found by everything that it depends on.
 
     Args:
-        kernel: its arguments are `tensors`, `sizes`, then the constants by name.
+        kernel: as for `Launch`, like the arguments after `tensors`.
         grid: three sizes; a launch with a zero in it is left out.
         tensors: pointers, None where absent; the kernel runs on the first one's device.
-        sizes: run-time numbers, none of them specialised by the kernel.
-        consts: its compile-time constants, in the kernel's order.
-        warps: per program.
-        stages: of pipelined loops.
-        registers: most per thread, if the compiler is to be held back.
+        sizes: as for `Launch`.
+        consts: as for `Launch`.
+        warps: as for `Launch`.
+        stages: as for `Launch`.
+        registers: as for `Launch`.
     """
     if 0 in grid:
         return
@@ -194,14 +271,12 @@ def launch(
     key = (kernel.fn, device, ends % 16, warps, stages, registers, values, *types)
     found = _launched.get(key)
     if found is not None:
-        found[grid](*tensors, *sizes, *values)
-    elif interpreting():
-        kernel[grid](*tensors, *sizes, **consts)
-    else:
-        limit = {} if registers is None else {'maxnreg': registers}
-        compiled = kernel[grid](*tensors, *sizes, **consts, num_warps=warps, num_stages=stages, **limit)
-        if ends % 16 == 0:  # otherwise which of them are aligned would have to be part of the key
-            _launched[key] = compiled
+        start(found, grid, (*tensors, *sizes, *values))
+        return
+    once = Launch(kernel, grid, sizes, consts, warps, stages, registers)
+    once(ends % 16 == 0, *tensors)
+    if once.compiled is not None:
+        _launched[key] = once.compiled
 
 
 @functools.cache

@@ -7,11 +7,19 @@ Nothing depends on values on the host, and nothing is tuned at run time: `config
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
-from zoo.kernels._triton._common import alignment, ceil_div, compute_types, gate_types, interpreting, next_power
+from zoo.kernels._triton._common import (
+    alignment,
+    ceil_div,
+    compute_types,
+    gate_types,
+    interpreting,
+    next_power,
+    on_device_of_first,
+    start,
+)
 from zoo.kernels._triton.gla_chunks import gla_bwd_kernel_chunk, gla_fwd_kernel_out
 from zoo.kernels._triton.gla_states import gla_kernel_scan, gla_kernel_states, gla_kernel_table
 from zoo.kernels._triton.gla_sweep import gla_fwd_kernel_sweep
@@ -193,7 +201,7 @@ def _launch(kernel, code: tuple, grid: tuple, args: list, consts: dict, options:
             _compiled[code] = compiled, tuple(used.values())
     elif run:
         compiled, values = found
-        compiled[grid](*args, *values)
+        start(compiled, grid, (*args, *values))
 
 
 class _Run:
@@ -273,20 +281,7 @@ def _nothing(device: torch.device) -> torch.Tensor:
     return torch.empty(16, dtype=torch.float32, device=device)
 
 
-def _on_device_of_first(function):
-    """Triton launches on the current device, which need not be that of the tensors."""
-
-    @functools.wraps(function)
-    def wrapped(q, *args):
-        if not q.is_cuda or q.device.index == torch.cuda.current_device():
-            return function(q, *args)
-        with torch.cuda.device(q.device):
-            return function(q, *args)
-
-    return wrapped
-
-
-@_on_device_of_first
+@on_device_of_first
 def _forward(q, k, v, gf, gb, scale, init, output_final_state, cu_seqlens, dirs):
     run = _Run(q, k, v, gf, gb, scale, init, cu_seqlens, dirs, output_final_state)
     plan = run.plan
@@ -305,7 +300,7 @@ def _forward(q, k, v, gf, gb, scale, init, output_final_state, cu_seqlens, dirs)
     return o, final
 
 
-@_on_device_of_first
+@on_device_of_first
 def _backward(q, k, v, gf, gb, scale, init, do, dfinal, cu_seqlens, dirs):
     run = _Run(q, k, v, gf, gb, scale, init, cu_seqlens, dirs, init is not None, do, dfinal)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))

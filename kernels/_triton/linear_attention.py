@@ -23,13 +23,15 @@ import torch
 import triton
 import triton.language as tl
 from zoo.kernels._triton._common import (
+    Launch,
+    aligned,
     alignment,
     ceil_div,
     compute_types,
     interpreting,
-    launch,
     load_tile,
     next_power,
+    on_device_of_first,
     programs,
     store_tile,
 )
@@ -411,72 +413,118 @@ def sums_of_parts(parts: int, kv: torch.Tensor, single: torch.Tensor) -> tuple[t
     return (kv, single) if parts == 1 else tuple(x.new_empty((parts, *x.shape)) for x in (kv, single))
 
 
-def merge(parts_kv, parts_single, kv, single, parts: int, share: float) -> None:
-    """Add the sums of several parts, (parts, B, H, K, V) and (parts, B, H, K), in a fixed order."""
-    singles = parts_single.numel() // single.numel()
-    if parts == singles == 1:
-        return
-    B, H, K, V = kv.shape
-    consts = {'BLOCK': 128, 'BP': 16, 'SIZE': K * V, 'K': K}
-    grid = (B * H, ceil_div(K * V, 128) + ceil_div(K, 128), 1)
-    launch(la_kernel_merge, grid, (parts_kv, parts_single, kv, single), (parts, singles, share), consts, 4, 2)
+def merge_launch(heads: int, K: int, V: int, parts: int, singles: int, share: float) -> Launch:
+    """Of the kernel that adds sums (parts, heads, K, V) and (singles, heads, K) in a fixed order."""
+    grid = (heads, ceil_div(K * V, 128) + ceil_div(K, 128), 1)
+    return Launch(la_kernel_merge, grid, (parts, singles, share), {'BLOCK': 128, 'BP': 16, 'SIZE': K * V, 'K': K}, 4, 2)
 
 
+class _ForwardPlan:
+    """Launches of a forward pass, made once per set of shapes, strides and types: most of a pass's Python."""
+
+    def __init__(self, eps: float, keep: bool, elu: bool, q, k, v):
+        (B, T, H, K), V, device = q.shape, v.shape[-1], q.device
+        cfg = config(q.dtype, K, V, False)
+        unit = alignment(q, k, v)
+        (st, sprec), (ct, prec) = sum_types(q.dtype), compute_types(q.dtype)
+        blocks = lambda bt: {'K': K, 'V': V, 'BT': bt, 'BK': cfg.bk, 'BV': cfg.bv, 'A': unit}  # noqa: E731
+        self.parts, per = cut(T, B * H * cfg.nv, cfg.sums, device)
+        self.o, self.kv, self.mean, self.device = (B, T, H, V), (B, H, K, V), (B, H, K), device
+        self.head = None
+        if self.parts == 1 and cfg.head is not None:
+            consts = blocks(cfg.head.bt) | {'ST': st, 'SPREC': sprec, 'CT': ct, 'PREC': prec, 'KEEP': keep, 'ELU': elu}
+            sizes = (T, H, 1 / T, eps, *strides(unit, q, k, v))
+            self.head = Launch(la_fwd_kernel_head, (1, B * H, cfg.nv), sizes, consts, *cfg.head.launch)
+            if not keep:
+                self.kv = self.mean = (0,)
+            return
+        sizes = (T, per, H, 1 / T if self.parts == 1 else 1.0, *strides(unit, k, v))
+        self.sums = Launch(la_fwd_kernel_sums, (self.parts, B * H, cfg.nv), sizes,
+                           blocks(cfg.sums.bt) | {'CT': st, 'PREC': sprec, 'ELU': elu}, *cfg.sums.launch)  # fmt: skip
+        self.merge = merge_launch(B * H, K, V, self.parts, self.parts, 1 / T)
+        per = span(T, B * H, cfg.reads.bt, device)
+        self.out = Launch(la_fwd_kernel_out, (ceil_div(T, per), B * H, cfg.nv), (T, per, H, eps, *strides(unit, q)),
+                          blocks(cfg.reads.bt) | {'CT': ct, 'PREC': prec, 'ELU': elu}, *cfg.reads.launch)  # fmt: skip
+
+
+class _BackwardPlan:
+    """Those of a backward pass."""
+
+    def __init__(self, eps: float, elu: bool, q, k, v, do):
+        (B, T, H, K), V, device = q.shape, v.shape[-1], q.device
+        cfg = config(q.dtype, K, V, True)
+        unit = alignment(q, k, v, do)
+        ct, prec = compute_types(q.dtype)
+        blocks = lambda bt, more: (  # noqa: E731
+            {'K': K, 'V': V, 'BT': bt, 'BK': cfg.bk, 'BV': cfg.bv}
+            | more
+            | {'A': unit, 'CT': ct, 'PREC': prec, 'ELU': elu}
+        )
+        self.parts, per = cut(T, B * H * cfg.nv, cfg.sums, device)
+        self.head = None
+        if self.parts == 1 and cfg.head is not None:
+            sizes = (T, H, 1 / T, eps, *strides(unit, q, k, v, do))
+            self.head = Launch(la_bwd_kernel_head, (1, B * H, 1), sizes, blocks(cfg.head.bt, {}), *cfg.head.launch)
+            return
+        many = {'NV': cfg.nv}
+        sizes = (T, per, H, 1 / T if self.parts == 1 else 1.0, eps, *strides(unit, q, do))
+        self.queries = Launch(la_bwd_kernel_queries, (self.parts, B * H, cfg.nv), sizes, blocks(cfg.sums.bt, many),
+                              *cfg.sums.launch)  # fmt: skip
+        self.merge = merge_launch(B * H, K, V, self.parts, self.parts, 1 / T)
+        per = span(T, B * H, cfg.reads.bt, device)
+        self.keys = Launch(la_bwd_kernel_keys, (ceil_div(T, per), B * H, 1), (T, per, H, *strides(unit, k, v)),
+                           blocks(cfg.reads.bt, many), *cfg.reads.launch)  # fmt: skip
+
+
+_plans: dict[tuple, object] = {}
+
+
+def plan(kind: type, options: tuple, q: torch.Tensor, *others: torch.Tensor | None):
+    """`kind(*options, q, *others)`, made once per options, shapes, strides and types."""
+    key = (kind, options, q.shape, q.dtype, q.device, q.stride())
+    key += tuple([None if x is None else (x.shape[-1], x.stride()) for x in others])
+    found = _plans.get(key)
+    if found is None:
+        if len(_plans) > 1024:
+            _plans.clear()
+        found = _plans[key] = kind(*options, q, *others)
+    return found
+
+
+@on_device_of_first
 def linear_attention_fwd(q, k, v, eps: float, keep: bool, elu: bool):
     """Outputs (B, T, H, V); fp32 mean of k v^T (B, H, K, V) and of k (B, H, K), empty ones unless `keep`."""
     q, k, v = rows(q), rows(k), rows(v)
-    (B, T, H, K), V, device = q.shape, v.shape[-1], q.device
-    cfg = config(q.dtype, K, V, False)
-    unit = alignment(q, k, v)
-    (st, sprec), (ct, prec) = sum_types(q.dtype), compute_types(q.dtype)
-    blocks = lambda bt: {'K': K, 'V': V, 'BT': bt, 'BK': cfg.bk, 'BV': cfg.bv, 'A': unit}  # noqa: E731
-    parts, per = cut(T, B * H * cfg.nv, cfg.sums, device)
-    o = torch.empty((B, T, H, V), dtype=q.dtype, device=device)
-    fp32 = dict(dtype=torch.float32, device=device)
-    fused = parts == 1 and cfg.head is not None
-    kv, mean = (torch.empty(shape if keep or not fused else 0, **fp32) for shape in ((B, H, K, V), (B, H, K)))
-    if fused:
-        consts = blocks(cfg.head.bt) | {'ST': st, 'SPREC': sprec, 'CT': ct, 'PREC': prec, 'KEEP': keep, 'ELU': elu}
-        sizes = (T, H, 1 / T, eps, *strides(unit, q, k, v))
-        launch(la_fwd_kernel_head, (1, B * H, cfg.nv), (q, k, v, o, kv, mean), sizes, consts, *cfg.head.launch)
+    steps = plan(_ForwardPlan, (eps, keep, elu), q, k, v)
+    at_16 = aligned(q, k, v)
+    o = torch.empty(steps.o, dtype=q.dtype, device=q.device)
+    fp32 = dict(dtype=torch.float32, device=q.device)
+    kv, mean = torch.empty(steps.kv, **fp32), torch.empty(steps.mean, **fp32)
+    if steps.head is not None:
+        steps.head(at_16, q, k, v, o, kv, mean)
         return o, kv, mean
-    parts_kv, parts_mean = sums_of_parts(parts, kv, mean)
-    sizes = (T, per, H, 1 / T if parts == 1 else 1.0, *strides(unit, k, v))
-    launch(la_fwd_kernel_sums, (parts, B * H, cfg.nv), (k, v, parts_kv, parts_mean), sizes,
-           blocks(cfg.sums.bt) | {'CT': st, 'PREC': sprec, 'ELU': elu}, *cfg.sums.launch)  # fmt: skip
-    merge(parts_kv, parts_mean, kv, mean, parts, 1 / T)
-    per = span(T, B * H, cfg.reads.bt, device)
-    launch(la_fwd_kernel_out, (ceil_div(T, per), B * H, cfg.nv), (q, o, kv, mean),
-           (T, per, H, eps, *strides(unit, q)), blocks(cfg.reads.bt) | {'CT': ct, 'PREC': prec, 'ELU': elu},
-           *cfg.reads.launch)  # fmt: skip
+    parts_kv, parts_mean = sums_of_parts(steps.parts, kv, mean)
+    steps.sums(at_16, k, v, parts_kv, parts_mean)
+    if steps.parts > 1:
+        steps.merge(True, parts_kv, parts_mean, kv, mean)
+    steps.out(at_16, q, o, kv, mean)
     return (o, kv, mean) if keep else (o, kv.new_empty(0), kv.new_empty(0))
 
 
+@on_device_of_first
 def linear_attention_bwd(q, k, v, kv, mean, do, eps: float, elu: bool):
     """Gradients dq, dk, dv; `kv` and `mean` are those of the forward pass."""
     q, k, v, do = rows(q), rows(k), rows(v), rows(do)
-    (B, T, H, K), V, device = q.shape, v.shape[-1], q.device
-    cfg = config(q.dtype, K, V, True)
-    unit = alignment(q, k, v, do)
-    ct, prec = compute_types(q.dtype)
-    many = {'NV': cfg.nv}
-    blocks = lambda bt, more: (  # noqa: E731
-        {'K': K, 'V': V, 'BT': bt, 'BK': cfg.bk, 'BV': cfg.bv} | more | {'A': unit, 'CT': ct, 'PREC': prec, 'ELU': elu}
-    )
-    parts, per = cut(T, B * H * cfg.nv, cfg.sums, device)
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (q, k, v))
-    if parts == 1 and cfg.head is not None:
-        sizes = (T, H, 1 / T, eps, *strides(unit, q, k, v, do))
-        tensors = (q, k, v, do, dq, dk, dv, kv, mean)
-        launch(la_bwd_kernel_head, (1, B * H, 1), tensors, sizes, blocks(cfg.head.bt, {}), *cfg.head.launch)
+    steps = plan(_BackwardPlan, (eps, elu), q, k, v, do)
+    at_16 = aligned(q, k, v, do, kv, mean)
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    if steps.head is not None:
+        steps.head(at_16, q, k, v, do, dq, dk, dv, kv, mean)
         return dq, dk, dv
     dkv, dmean = torch.empty_like(kv), torch.empty_like(mean)
-    parts_kv, parts_mean = sums_of_parts(parts, dkv, dmean)
-    sizes = (T, per, H, 1 / T if parts == 1 else 1.0, eps, *strides(unit, q, do))
-    launch(la_bwd_kernel_queries, (parts, B * H, cfg.nv), (q, do, dq, kv, mean, parts_kv, parts_mean), sizes,
-           blocks(cfg.sums.bt, many), *cfg.sums.launch)  # fmt: skip
-    merge(parts_kv, parts_mean, dkv, dmean, parts, 1 / T)
-    per = span(T, B * H, cfg.reads.bt, device)
-    launch(la_bwd_kernel_keys, (ceil_div(T, per), B * H, 1), (k, v, dk, dv, dkv, dmean),
-           (T, per, H, *strides(unit, k, v)), blocks(cfg.reads.bt, many), *cfg.reads.launch)  # fmt: skip
+    parts_kv, parts_mean = sums_of_parts(steps.parts, dkv, dmean)
+    steps.queries(at_16, q, do, dq, kv, mean, parts_kv, parts_mean)
+    if steps.parts > 1:
+        steps.merge(True, parts_kv, parts_mean, dkv, dmean)
+    steps.keys(at_16, k, v, dk, dv, dkv, dmean)
     return dq, dk, dv

@@ -23,12 +23,14 @@ import triton
 import triton.language as tl
 from zoo.kernels._triton._common import (
     LOG2E,
+    Launch,
+    aligned,
     alignment,
     ceil_div,
     compute_types,
-    launch,
     load_tile,
     next_power,
+    on_device_of_first,
     store_tile,
 )
 from zoo.kernels._triton.linear_attention import (
@@ -38,20 +40,20 @@ from zoo.kernels._triton.linear_attention import (
     Options,
     cut,
     load_state,
-    merge,
+    merge_launch,
     place,
+    plan,
     rows,
     span,
     start,
     store_state,
     strides,
-    sums_of_parts,
 )
 from zoo.kernels.linear_attention import MAX_TRITON_DIM
 from zoo.kernels.rope import LOG2_BASE
 
 MAX_PARTS = 1024
-NUMBERS = [*SIZES, 'n_table', 'width', 'HO'] + [x + y for x in ('lepe', 'gate', 'dy', 'dr') for y in ('_b', '_t', '_h')]
+NUMBERS = [*SIZES, 'n_table', 'width'] + [x + y for x in ('lepe', 'gate', 'dy', 'dr') for y in ('_b', '_t', '_h')]
 
 
 def config(dtype: torch.dtype, D: int, backward: bool) -> Config:
@@ -274,14 +276,11 @@ def rala_fwd_kernel_out(q, lepe, gate, y, kv, key, table, T, per, H, eps, n_tabl
 
 
 @triton.jit(do_not_specialize=NUMBERS)
-def rala_bwd_kernel_queries(q, lepe, gate, dy, dlepe, dgate, kv, key, table, dkv, dkey, T, per, H, HO, eps, n_table,
+def rala_bwd_kernel_queries(q, lepe, gate, dy, dlepe, dgate, kv, key, table, dkv, dkey, T, per, H, eps, n_table,
                             width, q_b, q_t, q_h, lepe_b, lepe_t, lepe_h, gate_b, gate_t, gate_h, dy_b, dy_t, dy_h,
                             D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, A: tl.constexpr,
                             CT: tl.constexpr, PREC: tl.constexpr, LEPE: tl.constexpr, GATE: tl.constexpr):  # fmt: skip
-    """Gradients of lepe and gate, and a part's share of those of the sums; dkey has a row per value block too.
-
-    The rows of dgate are HO heads wide, as are those of dk, dv and dq in the kernels after this one.
-    """
+    """Gradients of lepe and gate, and a part's share of those of the sums; dkey has a row per value block too."""
     b, h, first, n = place(T, per, H)
     rows, cols, iv = tl.arange(0, BT), tl.arange(0, BD), tl.program_id(2)
     cols_v, head = iv * BV + tl.arange(0, BV), tl.program_id(1).to(tl.int64)
@@ -294,7 +293,7 @@ def rala_bwd_kernel_queries(q, lepe, gate, dy, dlepe, dgate, kv, key, table, dkv
         dlepe += ((b * T + first) * H + h) * D
     if GATE:
         gate = start(gate, b, h, first, gate_b, gate_t, gate_h, A)
-        dgate += ((b * T + first) * HO + h) * D
+        dgate += ((b * T + first) * H + h) * D
     token = first.to(tl.int32) + rows
     single = tl.zeros((BT, BD), tl.float32)
     total = tl.zeros((BD, BV), tl.float32)
@@ -311,8 +310,8 @@ def rala_bwd_kernel_queries(q, lepe, gate, dy, dlepe, dgate, kv, key, table, dkv
             if LEPE:
                 out += load_tile(lepe, rows, cols_v, lepe_t * A, ok, D, BV).to(tl.float32)
                 lepe += BT * (lepe_t * A).to(tl.int64)
-            store_tile(dgate, dr * out, rows, cols_v, HO * D, ok, D, BV)
-            dgate += BT * (HO * D).to(tl.int64)
+            store_tile(dgate, dr * out, rows, cols_v, H * D, ok, D, BV)
+            dgate += BT * (H * D).to(tl.int64)
             dr *= load_tile(gate, rows, cols_v, gate_t * A, ok, D, BV).to(tl.float32)
             gate += BT * (gate_t * A).to(tl.int64)
         if LEPE or GATE:
@@ -331,11 +330,11 @@ def rala_bwd_kernel_queries(q, lepe, gate, dy, dlepe, dgate, kv, key, table, dkv
 
 
 @triton.jit(do_not_specialize=NUMBERS)
-def rala_bwd_kernel_keys(k, v, more, dk, dv, kv, key, qbar, norm, table, dkv, dkey, dqbar, T, per, H, HO, n_table,
+def rala_bwd_kernel_keys(k, v, dk, dv, kv, key, qbar, norm, table, dkv, dkey, dqbar, T, per, H, n_table,
                          width, k_b, k_t, k_h, v_b, v_t, v_h, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
                          BV: tl.constexpr, NV: tl.constexpr, A: tl.constexpr, CT: tl.constexpr,
-                         PREC: tl.constexpr, MORE: tl.constexpr):  # fmt: skip
-    """dk, dv and a part's share of dqbar; `more` (B, T, H, D) is another gradient of v, added to dv."""
+                         PREC: tl.constexpr):  # fmt: skip
+    """dk, dv and a part's share of dqbar."""
     b, h, first, n = place(T, per, H)
     rows, cols, block = tl.arange(0, BT), tl.arange(0, BD), tl.arange(0, BV)
     head = tl.program_id(1).to(tl.int64)
@@ -355,11 +354,9 @@ def rala_bwd_kernel_keys(k, v, more, dk, dv, kv, key, qbar, norm, table, dkv, dk
         state = load_state(dkv, cols, block, D, D).to(CT)
     scale = 1.0 / tl.sqrt(float(D))
     k, v = start(k, b, h, first, k_b, k_t, k_h, A), start(v, b, h, first, v_b, v_t, v_h, A)
-    to = ((b * T + first) * HO + h) * D
+    to = ((b * T + first) * H + h) * D
     dk += to
     dv += to
-    if MORE:
-        more += ((b * T + first) * H + h) * D
     token = first.to(tl.int32) + rows
     single = tl.zeros((BT, BD), tl.float32)
     for t in range(0, n, BT):
@@ -372,37 +369,29 @@ def rala_bwd_kernel_keys(k, v, more, dk, dv, kv, key, qbar, norm, table, dkv, dk
         if NV == 1:
             x = load_tile(v, rows, block, v_t * A, ok, D, BV).to(CT)
             back = tl.dot(x, tl.trans(state), input_precision=PREC)
-            grad = tl.dot(turned, state, input_precision=PREC)
-            if MORE:
-                grad += load_tile(more, rows, block, H * D, ok, D, BV).to(tl.float32)
-            store_tile(dv, grad, rows, block, HO * D, ok, D, BV)
+            store_tile(dv, tl.dot(turned, state, input_precision=PREC), rows, block, H * D, ok, D, BV)
         else:
             back = tl.zeros((BT, BD), tl.float32)
             for j in range(NV):
                 x = load_tile(v, rows, j * BV + block, v_t * A, ok, D, BV).to(CT)
                 part = load_state(dkv, cols, j * BV + block, D, D).to(CT)
                 back = tl.dot(x, tl.trans(part), back, input_precision=PREC)
-                grad = tl.dot(turned, part, input_precision=PREC)
-                if MORE:
-                    grad += load_tile(more, rows, j * BV + block, H * D, ok, D, BV).to(tl.float32)
-                store_tile(dv, grad, rows, j * BV + block, HO * D, ok, D, BV)
+                store_tile(dv, tl.dot(turned, part, input_precision=PREC), rows, j * BV + block, H * D, ok, D, BV)
         back = rotate(back, cos, -sin, BT, BD) + ds[None, :]
         dc = w * (tl.sum(kf * back, 1) - inner) * scale
         single += dc[:, None] * kf
         back = (back * w[:, None] + dc[:, None] * mean[None, :]) * tl.minimum(kf, 1.0)
-        store_tile(dk, back, rows, cols, HO * D, ok, D, BD)
+        store_tile(dk, back, rows, cols, H * D, ok, D, BD)
         k += BT * (k_t * A).to(tl.int64)
         v += BT * (v_t * A).to(tl.int64)
-        dk += BT * (HO * D).to(tl.int64)
-        dv += BT * (HO * D).to(tl.int64)
-        if MORE:
-            more += BT * (H * D).to(tl.int64)
+        dk += BT * (H * D).to(tl.int64)
+        dv += BT * (H * D).to(tl.int64)
     row = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + head
     tl.store(dqbar + row * D + cols, tl.sum(single, 0), mask=cols < D)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
-def rala_bwd_kernel_dq(q, dr, dq, kv, key, table, dqbar, T, per, H, HO, parts, eps, n_table, width, q_b, q_t, q_h,
+def rala_bwd_kernel_dq(q, dr, dq, kv, key, table, dqbar, T, per, H, parts, eps, n_table, width, q_b, q_t, q_h,
                        dr_b, dr_t, dr_h, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
                        NV: tl.constexpr, A: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr):  # fmt: skip
     b, h, first, n = place(T, per, H)
@@ -419,7 +408,7 @@ def rala_bwd_kernel_dq(q, dr, dq, kv, key, table, dqbar, T, per, H, HO, parts, e
         mean += tl.sum(tl.load(dqbar + (some[:, None] * heads + head) * D + cols[None, :], mask=ok, other=0.0), 0)
     mean = mean / T
     q, dr = start(q, b, h, first, q_b, q_t, q_h, A), start(dr, b, h, first, dr_b, dr_t, dr_h, A)
-    dq += ((b * T + first) * HO + h) * D
+    dq += ((b * T + first) * H + h) * D
     token = first.to(tl.int32) + rows
     for t in range(0, n, BT):
         ok = rows < n - t
@@ -438,10 +427,10 @@ def rala_bwd_kernel_dq(q, dr, dq, kv, key, table, dqbar, T, per, H, HO, parts, e
         back = rotate(back, cos, -sin, BT, BD) * inverse[:, None]
         u = -tl.sum(qf * back, 1) * inverse
         back = (back + u[:, None] * s[None, :] + mean[None, :]) * tl.minimum(qf, 1.0)
-        store_tile(dq, back, rows, cols, HO * D, ok, D, BD)
+        store_tile(dq, back, rows, cols, H * D, ok, D, BD)
         q += BT * (q_t * A).to(tl.int64)
         dr += BT * (dr_t * A).to(tl.int64)
-        dq += BT * (HO * D).to(tl.int64)
+        dq += BT * (H * D).to(tl.int64)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -449,105 +438,129 @@ def rala_bwd_kernel_dq(q, dr, dq, kv, key, table, dqbar, T, per, H, HO, parts, e
 
 
 class _Plan:
-    """What the launches of one pass share."""
+    """What all launches of a pass share.
 
-    def __init__(self, q, backward: bool, *others: torch.Tensor):
+    Args:
+        q: like the other tensors with the last dimension contiguous.
+        others: the pass's other arguments of that shape.
+    """
+
+    backward = False
+
+    def __init__(self, q: torch.Tensor, *others: torch.Tensor | None):
         self.B, self.T, self.H, self.D = q.shape
         self.device, self.heads = q.device, self.B * self.H
-        self.cfg = config(q.dtype, self.D, backward)
-        self.unit = alignment(q, *others)
+        self.cfg = config(q.dtype, self.D, self.backward)
+        self.unit = alignment(q, *(x for x in others if x is not None))
         self.types = dict(zip(('CT', 'PREC'), compute_types(q.dtype)))
         self.parts, self.per = cut(self.T, self.heads * self.cfg.nv, self.cfg.sums, self.device)
         self.span = span(self.T, self.heads, self.cfg.reads.bt, self.device)
         self.grid = (self.parts, self.heads, self.cfg.nv)
         self.grid_reads = (ceil_div(self.T, self.span), self.heads)
 
-    def blocks(self, bt: int, **more) -> dict:
+    def blocks(self, bt: int, unit: int | None = None, **flags) -> dict:
         blocks = {'D': self.D, 'BT': bt, 'BD': self.cfg.bk, 'BV': self.cfg.bv}
-        return blocks | {n: x for n, x in more.items() if n == 'NV'} | {'A': self.unit} | self.types | more
+        blocks |= {'NV': flags.pop('NV')} if 'NV' in flags else {}
+        return blocks | {'A': unit or self.unit} | self.types | flags
+
+    def set_scratch(self, *sizes: int) -> None:
+        self.scratch_sizes = [ceil_div(n, 4) * 4 for n in sizes]  # each of them starts at a multiple of 16 bytes
+        self.scratch_total = sum(self.scratch_sizes)
+
+    def scratch(self) -> tuple[torch.Tensor, ...]:
+        """Numbers that only this pass's kernels see, fp32."""
+        return self.fp32(self.scratch_total).split(self.scratch_sizes)
 
     def fp32(self, *shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.device)
 
-    def strides(self, *tensors: torch.Tensor) -> list[int]:
-        return strides(self.unit, *tensors)
+
+class _ForwardPlan(_Plan):
+    def __init__(self, n: int, width: int, eps: float, q, k, v, lepe, gate):
+        super().__init__(q, k, v, lepe, gate)
+        T, H, D, cfg, parts, heads = self.T, self.H, self.D, self.cfg, self.parts, self.heads
+        each = (heads * D * D, heads * D, heads) if parts > 1 else (0, 0, 0)
+        self.set_scratch(parts * heads * D, parts * heads, *(parts * size for size in each))
+        consts = {'D': D, 'BT': 64, 'BD': cfg.bk, 'BM': next_power(D // 4), 'A': self.unit, 'LOG2_BASE': LOG2_BASE}
+        self.queries = Launch(rala_fwd_kernel_queries, (parts, heads + 1, 1),
+                              (T, self.per, H, n, *strides(self.unit, q)), consts, 4, 3)  # fmt: skip
+        sizes = (T, self.per, H, parts, n, width, *strides(self.unit, k, v))
+        self.keys = Launch(rala_fwd_kernel_keys, self.grid, sizes, self.blocks(cfg.sums.bt), *cfg.sums.launch)
+        self.merge = Launch(rala_kernel_merge, (heads, ceil_div(D * D, 128) + ceil_div(D, 128), 1), (parts,),
+                            {'D': D, 'BLOCK': 128, 'BP': 16, 'MOST': MAX_PARTS}, 4, 2)  # fmt: skip
+        like = strides(self.unit, q, q if lepe is None else lepe, q if gate is None else gate)
+        flags = {'LEPE': lepe is not None, 'GATE': gate is not None}
+        self.out = Launch(rala_fwd_kernel_out, (*self.grid_reads, cfg.nv), (T, self.span, H, eps, n, width, *like),
+                          self.blocks(cfg.reads.bt, **flags), *cfg.reads.launch)  # fmt: skip
 
 
-def _queries_consts(plan: _Plan) -> dict:
-    blocks = {'D': plan.D, 'BT': 64, 'BD': plan.cfg.bk, 'BM': next_power(plan.D // 4)}
-    return blocks | {'A': plan.unit, 'LOG2_BASE': LOG2_BASE}
+class _BackwardPlan(_Plan):
+    backward = True
+
+    def __init__(self, n: int, width: int, eps: float, q, k, v, lepe, gate, dy):
+        super().__init__(q, k, v, lepe, gate, dy)
+        T, H, D, cfg, parts, heads = self.T, self.H, self.D, self.cfg, self.parts, self.heads
+        self.key_parts, per = cut(T, heads, cfg.sums, self.device)
+        self.rows = parts * cfg.nv  # sums of the key's gradient
+        state = heads * D * D if parts > 1 else 0
+        self.set_scratch(heads * D * D, heads * D, parts * state, self.rows * heads * D, self.key_parts * heads * D)
+        flags = {'LEPE': lepe is not None, 'GATE': gate is not None}
+        like = strides(self.unit, q, q if lepe is None else lepe, q if gate is None else gate, dy)
+        self.queries = Launch(rala_bwd_kernel_queries, self.grid, (T, self.per, H, eps, n, width, *like),
+                              self.blocks(cfg.sums.bt, **flags), *cfg.sums.launch)  # fmt: skip
+        self.merge = merge_launch(heads, D, D, parts, self.rows, 1.0)
+        self.keys = Launch(rala_bwd_kernel_keys, (self.key_parts, heads, 1),
+                           (T, per, H, n, width, *strides(self.unit, k, v)), self.blocks(cfg.sums.bt, NV=cfg.nv),
+                           *cfg.sums.launch)  # fmt: skip
+        dr = torch.empty(q.shape, device='meta') if any(flags.values()) else dy
+        unit = alignment(q, dr)
+        self.dq = Launch(rala_bwd_kernel_dq, (*self.grid_reads, 1),
+                         (T, self.span, H, self.key_parts, eps, n, width, *strides(unit, q, dr)),
+                         self.blocks(cfg.reads.bt, unit, NV=cfg.nv), *cfg.reads.launch)  # fmt: skip
 
 
+@on_device_of_first
 def rank_augmented_fwd(q, k, v, lepe, gate, height: int, width: int, eps: float):
     """y (B, T, H, D), then in fp32: state (B, H, D, D), key sum and mean of queries (B, H, D), log normaliser (B, H),
     cosines and sines (2, max(height, width), D / 4).
     """
     q, k, v = rows(q), rows(k), rows(v)
     lepe, gate = (x if x is None else rows(x) for x in (lepe, gate))
-    extra = [x for x in (lepe, gate) if x is not None]
-    plan = _Plan(q, False, k, v, *extra)
-    cfg, B, T, H, D = plan.cfg, plan.B, plan.T, plan.H, plan.D
     n = max(height, width)
-    table = plan.fp32(2, n, D // 4)
-    parts_q = plan.fp32(plan.parts, B, H, D)
-    launch(rala_fwd_kernel_queries, (plan.parts, plan.heads + 1, 1), (q, parts_q, table),
-           (T, plan.per, H, n, *plan.strides(q)), _queries_consts(plan), 4, 3)  # fmt: skip
-    kv, key, qbar, norm = plan.fp32(B, H, D, D), plan.fp32(B, H, D), plan.fp32(B, H, D), plan.fp32(B, H)
-    parts_kv, parts_key = sums_of_parts(plan.parts, kv, key)
-    top = norm if plan.parts == 1 else plan.fp32(plan.parts, B, H)
-    weight = plan.fp32(plan.parts, B, H)
-    launch(rala_fwd_kernel_keys, plan.grid, (k, v, parts_q, qbar, table, parts_kv, parts_key, top, weight),
-           (T, plan.per, H, plan.parts, n, width, *plan.strides(k, v)), plan.blocks(cfg.sums.bt),
-           *cfg.sums.launch)  # fmt: skip
-    if plan.parts > 1:
-        grid = (plan.heads, ceil_div(D * D, 128) + ceil_div(D, 128), 1)
-        launch(rala_kernel_merge, grid, (parts_kv, parts_key, top, weight, kv, key, norm), (plan.parts,),
-               {'D': D, 'BLOCK': 128, 'BP': 16, 'MOST': MAX_PARTS}, 4, 2)  # fmt: skip
+    steps = plan(_ForwardPlan, (n, width, eps), q, k, v, lepe, gate)
+    B, T, H, D = q.shape
+    at_16 = aligned(q, k, v, lepe, gate)
+    table, kv, key, qbar, norm = (
+        steps.fp32(2, n, D // 4), steps.fp32(B, H, D, D), steps.fp32(B, H, D), steps.fp32(B, H, D), steps.fp32(B, H)
+    )  # fmt: skip
+    parts_q, weight, parts_kv, parts_key, top = steps.scratch()
+    steps.queries(at_16, q, parts_q, table)
+    if steps.parts == 1:
+        steps.keys(at_16, k, v, parts_q, qbar, table, kv, key, norm, weight)
+    else:
+        steps.keys(at_16, k, v, parts_q, qbar, table, parts_kv, parts_key, top, weight)
+        steps.merge(True, parts_kv, parts_key, top, weight, kv, key, norm)
     y = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)
-    sizes = (T, plan.span, H, eps, n, width, *plan.strides(q, q if lepe is None else lepe, q if gate is None else gate))
-    launch(rala_fwd_kernel_out, (*plan.grid_reads, cfg.nv), (q, lepe, gate, y, kv, key, table), sizes,
-           plan.blocks(cfg.reads.bt, LEPE=lepe is not None, GATE=gate is not None), *cfg.reads.launch)  # fmt: skip
+    steps.out(at_16, q, lepe, gate, y, kv, key, table)
     return y, kv, key, qbar, norm, table
 
 
-def rank_augmented_bwd(
-    q, k, v, lepe, gate, kv, key, qbar, norm, table, dy, width: int, eps: float, out=None, local=None
-):
-    """Gradients dq, dk, dv, dlepe (or None), dgate (or None); `kv` to `table` are those of the forward pass.
-
-    Args:
-        out: where dq, dk, dv and dgate go, slices of one contiguous (B, T, heads, D); fresh tensors by default.
-        local: a function of dlepe that gives another gradient of v, (B, T, H, D) contiguous, which dv then includes.
-    """
+@on_device_of_first
+def rank_augmented_bwd(q, k, v, lepe, gate, kv, key, qbar, norm, table, dy, width: int, eps: float):
+    """Gradients dq, dk, dv, dlepe (or None), dgate (or None); `kv` to `table` are those of the forward pass."""
     q, k, v, dy = rows(q), rows(k), rows(v), rows(dy)
     lepe, gate = (x if x is None else rows(x) for x in (lepe, gate))
-    extra = [x for x in (lepe, gate) if x is not None]
-    plan = _Plan(q, True, k, v, dy, *extra)
-    cfg, B, T, H, D = plan.cfg, plan.B, plan.T, plan.H, plan.D
-    n = table.shape[1]
-    fresh = lambda: torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)  # noqa: E731
-    dq, dk, dv, dgate = out or (fresh(), fresh(), fresh(), None if gate is None else fresh())
-    wide = H if out is None else dq.stride(1) // D
-    dlepe = fresh() if extra else None
-    dkv, dkey = plan.fp32(B, H, D, D), plan.fp32(B, H, D)
-    parts_kv = dkv if plan.parts == 1 else plan.fp32(plan.parts, B, H, D, D)
-    parts_key = dkey if plan.parts == cfg.nv == 1 else plan.fp32(plan.parts * cfg.nv, B, H, D)
-    like = [q if x is None else x for x in (lepe, gate)]
-    launch(rala_bwd_kernel_queries, plan.grid,
-           (q, lepe, gate, dy, dlepe, dgate, kv, key, table, parts_kv, parts_key),
-           (T, plan.per, H, wide, eps, n, width, *plan.strides(q, *like, dy)),
-           plan.blocks(cfg.sums.bt, LEPE=lepe is not None, GATE=gate is not None), *cfg.sums.launch)  # fmt: skip
-    merge(parts_kv, parts_key, dkv, dkey, plan.parts, 1.0)
-    more = local(dlepe) if local else None
-    parts, per = cut(T, plan.heads, cfg.sums, plan.device)
-    dqbar = plan.fp32(parts, B, H, D)
-    launch(rala_bwd_kernel_keys, (parts, plan.heads, 1),
-           (k, v, more, dk, dv, kv, key, qbar, norm, table, dkv, dkey, dqbar),
-           (T, per, H, wide, n, width, *plan.strides(k, v)), plan.blocks(cfg.sums.bt, NV=cfg.nv, MORE=more is not None),
-           *cfg.sums.launch)  # fmt: skip
-    dr = dy if dlepe is None else dlepe
-    unit = alignment(q, dr)
-    launch(rala_bwd_kernel_dq, (*plan.grid_reads, 1), (q, dr, dq, kv, key, table, dqbar),
-           (T, plan.span, H, wide, parts, eps, n, width, *strides(unit, q, dr)),
-           plan.blocks(cfg.reads.bt, NV=cfg.nv) | {'A': unit}, *cfg.reads.launch)  # fmt: skip
-    return dq, dk, dv, None if lepe is None else dlepe, dgate
+    steps = plan(_BackwardPlan, (table.shape[1], width, eps), q, k, v, lepe, gate, dy)
+    at_16 = aligned(q, k, v, lepe, gate, dy, kv, key, qbar, norm, table)
+    fresh = lambda: torch.empty(q.shape, dtype=q.dtype, device=q.device)  # noqa: E731
+    dq, dk, dv, dgate = fresh(), fresh(), fresh(), None if gate is None else fresh()
+    dr = dy if lepe is None and gate is None else fresh()
+    dkv, dkey, parts_kv, parts_key, dqbar = steps.scratch()
+    parts_kv = dkv if steps.parts == 1 else parts_kv
+    parts_key = dkey if steps.rows == 1 else parts_key
+    steps.queries(at_16, q, lepe, gate, dy, None if dr is dy else dr, dgate, kv, key, table, parts_kv, parts_key)
+    if steps.rows > 1:
+        steps.merge(True, parts_kv, parts_key, dkv, dkey)
+    steps.keys(at_16, k, v, dk, dv, kv, key, qbar, norm, table, dkv, dkey, dqbar)
+    steps.dq(at_16, q, dr, dq, kv, key, table, dqbar)
+    return dq, dk, dv, None if lepe is None else dr, dgate

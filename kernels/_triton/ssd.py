@@ -11,8 +11,15 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from zoo.kernels._triton._common import alignment, ceil_div, compute_types, interpreting, next_power
-from zoo.kernels._triton.gla import _compiled, _launch, _nothing, _on_device_of_first, _options, _rows
+from zoo.kernels._triton._common import (
+    alignment,
+    ceil_div,
+    compute_types,
+    interpreting,
+    next_power,
+    on_device_of_first,
+)
+from zoo.kernels._triton.gla import _compiled, _launch, _nothing, _options, _rows
 from zoo.kernels._triton.gla_states import gla_kernel_scan, gla_kernel_table
 from zoo.kernels._triton.ssd_kernels import (
     ssd_bwd_kernel_chunk,
@@ -206,7 +213,7 @@ def _cut_state(state: torch.Tensor | None, p: slice, n: slice) -> torch.Tensor |
     return None if state is None else state[:, :, p, n]
 
 
-@_on_device_of_first
+@on_device_of_first
 def ssd_fwd(x, dt, A, B, C, D, initial_state, output_final_state, cu_seqlens):
     """Forward pass.
 
@@ -245,7 +252,7 @@ def ssd_fwd(x, dt, A, B, C, D, initial_state, output_final_state, cu_seqlens):
     return y, final
 
 
-@_on_device_of_first
+@on_device_of_first
 def ssd_bwd(x, dt, A, B, C, D, initial_state, dy, dfinal, cu_seqlens):
     """Gradients of x, dt, A, B, C, D (or None) and initial_state (or None); arguments as `ssd_fwd`."""
     if max(x.shape[-1], B.shape[-1]) > BLOCK:
@@ -292,7 +299,7 @@ def _sum_heads(grad: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return grad if grad.shape[2] == groups else grad.unflatten(2, (groups, -1)).sum(3)
 
 
-@_on_device_of_first
+@on_device_of_first
 def _step(x, dt, A, B, C, state, D, out):
     batch, H, P = x.shape
     N = B.shape[-1]
