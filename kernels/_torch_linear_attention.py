@@ -6,6 +6,8 @@ for fp64 input). Inside, tensors are (B, H, T, D).
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -86,11 +88,41 @@ def _modulated(r: Tensor, lepe: Tensor | None, gate: Tensor | None) -> Tensor:
     return r if gate is None else r.mul_(gate)
 
 
-def rank_augmented_fwd(q, k, v, lepe, gate, height: int, width: int, eps: float) -> tuple[Tensor, ...]:
-    """y (B, T, H, D), then in fp32 what the backward pass needs: sum of w k v^T with rotated k (B, H, D, D), sum of w k
-    (B, H, D), mean of q (B, H, D) and the log normaliser of w (B, H); w are the softmax weights of the tokens. The last
-    is (2, max(height, width), D / 4), where the kernels keep cosines and sines: zeros here.
+def kept_sizes(q: Tensor, height: int, width: int) -> list[int]:
+    """Of what the forward pass of `rank_augmented` leaves in one tensor for the backward pass, padded to 16 bytes.
+
+    The sum of w k v^T with rotated k (B, H, D, D), the sum of w k and the mean of q (B, H, D), the log normaliser of w
+    (B, H), where w are the softmax weights of the tokens, and cosines and sines (2, max(height, width), D / 4), which
+    the torch path leaves alone.
     """
+    batch, _, heads, dim = q.shape
+    rows = batch * heads
+    sizes = rows * dim * dim, rows * dim, rows * dim, rows, 2 * torch.sym_max(height, width) * (dim // 4)
+    return [(size + 3) // 4 * 4 for size in sizes]
+
+
+def _unpack(kept: Tensor, q: Tensor, height: int, width: int) -> list[Tensor]:
+    batch, _, heads, dim = q.shape
+    shapes = (batch, heads, dim, dim), (batch, heads, dim), (batch, heads, dim), (batch, heads)
+    parts = kept.split_with_sizes(kept_sizes(q, height, width))
+    return [part[: math.prod(shape)].view(shape) for part, shape in zip(parts, shapes)]
+
+
+def rank_augmented_fwd(q, k, v, lepe, gate, height: int, width: int, eps: float) -> tuple[Tensor, Tensor]:
+    """y (B, T, H, D), and what the backward pass needs in one fp32 tensor, see `kept_sizes`."""
+    y, *results = _rank_forward(q, k, v, lepe, gate, height, width, eps)
+    kept = results[0].new_zeros(sum(kept_sizes(q, height, width)))
+    for part, result in zip(_unpack(kept, q, height, width), results):
+        part.copy_(result)
+    return y, kept
+
+
+def rank_augmented_inference(q, k, v, lepe, gate, height: int, width: int, eps: float) -> Tensor:
+    """y alone, for exports."""
+    return _rank_forward(q, k, v, lepe, gate, height, width, eps)[0]
+
+
+def _rank_forward(q, k, v, lepe, gate, height: int, width: int, eps: float) -> tuple[Tensor, ...]:
     with torch.autocast(q.device.type, enabled=False):
         qs, ks, vs = _positive(q), _positive(k), _heads_first(v)
         rotate = _rotation(height, width, qs)
@@ -102,15 +134,15 @@ def rank_augmented_fwd(q, k, v, lepe, gate, height: int, width: int, eps: float)
         key, kv = weighted.sum(2), _outer(rotate(weighted), vs)
         r = (rotate(qs) @ kv) / (qs @ key.unsqueeze(-1) + eps)
         y = _modulated(r.transpose(1, 2), lepe, gate).to(v.dtype).contiguous()
-        unused = qs.new_zeros((2, torch.sym_max(height, width), q.shape[-1] // 4))
-        return y, kv, key, qbar, norm.flatten(1), unused
+        return y, kv, key, qbar, norm.flatten(1)
 
 
-def rank_augmented_bwd(q, k, v, lepe, gate, kv, key, qbar, norm, unused, dy, width: int, eps: float):
-    """Gradients dq, dk, dv, dlepe (or None), dgate (or None); `kv` to `unused` are those of the forward pass."""
+def rank_augmented_bwd(q, k, v, lepe, gate, kept, dy, height: int, width: int, eps: float):
+    """Gradients dq, dk, dv, dlepe (or None), dgate (or None); `kept` is what the forward pass left."""
+    kv, key, qbar, norm = _unpack(kept, q, height, width)
     with torch.autocast(q.device.type, enabled=False):
         qs, ks, vs = _positive(q), _positive(k), _heads_first(v)
-        rotate = _rotation(q.shape[1] // width, width, qs)
+        rotate = _rotation(height, width, qs)
         scale, row = q.shape[-1] ** -0.5, lambda x: x.unsqueeze(-2)
         turned_q = rotate(qs)
         inverse = (qs @ key.unsqueeze(-1) + eps).reciprocal()

@@ -125,16 +125,14 @@ def _rank_forward(
     height: int,
     width: int,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     path = _implementation('rank_augmented', q, k, v)
     return path.rank_augmented_fwd(q, k, v, lepe, gate, height, width, eps)
 
 
 def _rank_fake(q, k, v, lepe, gate, height, width, eps):
-    batch, _, heads, dim = q.shape
-    shapes = (batch, heads, dim, dim), (batch, heads, dim), (batch, heads, dim), (batch, heads)
-    shapes = *shapes, (2, torch.sym_max(height, width), dim // 4)
-    return v.new_empty(v.shape), *(q.new_empty(shape, dtype=_state_dtype(q)) for shape in shapes)
+    kept = sum(_torch_linear_attention.kept_sizes(q, height, width))
+    return v.new_empty(v.shape), q.new_empty(kept, dtype=_state_dtype(q))
 
 
 def _rank_backward(
@@ -143,29 +141,26 @@ def _rank_backward(
     v: Tensor,
     lepe: Tensor | None,
     gate: Tensor | None,
-    kv: Tensor,
-    key: Tensor,
-    qbar: Tensor,
-    norm: Tensor,
-    table: Tensor,
+    kept: Tensor,
     dy: Tensor,
+    height: int,
     width: int,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     path = _implementation('rank_augmented', q, k, v)
-    grads = path.rank_augmented_bwd(q, k, v, lepe, gate, kv, key, qbar, norm, table, dy, width, eps)
+    grads = path.rank_augmented_bwd(q, k, v, lepe, gate, kept, dy, height, width, eps)
     return tuple(q.new_empty(0) if grad is None else grad for grad in grads)
 
 
-def _rank_backward_fake(q, k, v, lepe, gate, kv, key, qbar, norm, table, dy, width, eps):
+def _rank_backward_fake(q, k, v, lepe, gate, kept, dy, height, width, eps):
     return tuple(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (q, k, v, lepe, gate))
 
 
 def _rank_setup(ctx, inputs, output):
-    q, k, v, lepe, gate, _, width, eps = inputs
-    ctx.save_for_backward(q, k, v, lepe, gate, *output[1:])
-    ctx.options = width, eps
-    ctx.mark_non_differentiable(*output[1:])
+    *tensors, height, width, eps = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.options = height, width, eps
+    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
@@ -298,5 +293,5 @@ def rank_augmented(
     if _dispatch.forced() == 'naive':
         return naive_rank_augmented(q, k, v, height=height, width=width, lepe=lepe, gate=gate, eps=eps)
     if exporting:
-        return _torch_linear_attention.rank_augmented_fwd(q, k, v, lepe, gate, height, width, eps)[0]
+        return _torch_linear_attention.rank_augmented_inference(q, k, v, lepe, gate, height, width, eps)
     return _rank_op(q, k, v, lepe, gate, height, width, float(eps))[0]

@@ -21,6 +21,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from zoo.kernels._torch_linear_attention import kept_sizes
 from zoo.kernels._triton._common import (
     LOG2E,
     Launch,
@@ -441,13 +442,18 @@ class _Plan:
     """What all launches of a pass share.
 
     Args:
+        height: of the grid of tokens.
+        width: of it.
         q: like the other tensors with the last dimension contiguous.
         others: the pass's other arguments of that shape.
     """
 
     backward = False
 
-    def __init__(self, q: torch.Tensor, *others: torch.Tensor | None):
+    def __init__(self, height: int, width: int, q: torch.Tensor, *others: torch.Tensor | None):
+        self.n = max(height, width)
+        self.kept_sizes = kept_sizes(q, height, width)
+        self.kept_total = sum(self.kept_sizes)
         self.B, self.T, self.H, self.D = q.shape
         self.device, self.heads = q.device, self.B * self.H
         self.cfg = config(q.dtype, self.D, self.backward)
@@ -469,15 +475,16 @@ class _Plan:
 
     def scratch(self) -> tuple[torch.Tensor, ...]:
         """Numbers that only this pass's kernels see, fp32."""
-        return self.fp32(self.scratch_total).split(self.scratch_sizes)
+        return self.fp32(self.scratch_total).split_with_sizes(self.scratch_sizes)
 
     def fp32(self, *shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.device)
 
 
 class _ForwardPlan(_Plan):
-    def __init__(self, n: int, width: int, eps: float, q, k, v, lepe, gate):
-        super().__init__(q, k, v, lepe, gate)
+    def __init__(self, height: int, width: int, eps: float, q, k, v, lepe, gate):
+        super().__init__(height, width, q, k, v, lepe, gate)
+        n = self.n
         T, H, D, cfg, parts, heads = self.T, self.H, self.D, self.cfg, self.parts, self.heads
         each = (heads * D * D, heads * D, heads) if parts > 1 else (0, 0, 0)
         self.set_scratch(parts * heads * D, parts * heads, *(parts * size for size in each))
@@ -497,8 +504,9 @@ class _ForwardPlan(_Plan):
 class _BackwardPlan(_Plan):
     backward = True
 
-    def __init__(self, n: int, width: int, eps: float, q, k, v, lepe, gate, dy):
-        super().__init__(q, k, v, lepe, gate, dy)
+    def __init__(self, height: int, width: int, eps: float, q, k, v, lepe, gate, dy):
+        super().__init__(height, width, q, k, v, lepe, gate, dy)
+        n = self.n
         T, H, D, cfg, parts, heads = self.T, self.H, self.D, self.cfg, self.parts, self.heads
         self.key_parts, per = cut(T, heads, cfg.sums, self.device)
         self.rows = parts * cfg.nv  # sums of the key's gradient
@@ -521,37 +529,34 @@ class _BackwardPlan(_Plan):
 
 @on_device_of_first
 def rank_augmented_fwd(q, k, v, lepe, gate, height: int, width: int, eps: float):
-    """y (B, T, H, D), then in fp32: state (B, H, D, D), key sum and mean of queries (B, H, D), log normaliser (B, H),
-    cosines and sines (2, max(height, width), D / 4).
-    """
+    """y (B, T, H, D), and what the backward pass needs in one fp32 tensor, see `kept_sizes`."""
     q, k, v = rows(q), rows(k), rows(v)
     lepe, gate = (x if x is None else rows(x) for x in (lepe, gate))
-    n = max(height, width)
-    steps = plan(_ForwardPlan, (n, width, eps), q, k, v, lepe, gate)
-    B, T, H, D = q.shape
+    steps = plan(_ForwardPlan, (height, width, eps), q, k, v, lepe, gate)
     at_16 = aligned(q, k, v, lepe, gate)
     # What a kernel does not need is allocated behind its launch: the host is often what a pass waits for.
+    kept = steps.fp32(steps.kept_total)
+    kv, key, qbar, norm, table = kept.split_with_sizes(steps.kept_sizes)
     parts_q, weight, parts_kv, parts_key, top = steps.scratch()
-    table = steps.fp32(2, n, D // 4)
     steps.queries(at_16, q, parts_q, table)
-    kv, key, qbar, norm = steps.fp32(B, H, D, D), steps.fp32(B, H, D), steps.fp32(B, H, D), steps.fp32(B, H)
     if steps.parts == 1:
         steps.keys(at_16, k, v, parts_q, qbar, table, kv, key, norm, weight)
     else:
         steps.keys(at_16, k, v, parts_q, qbar, table, parts_kv, parts_key, top, weight)
         steps.merge(True, parts_kv, parts_key, top, weight, kv, key, norm)
-    y = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)
+    y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     steps.out(at_16, q, lepe, gate, y, kv, key, table)
-    return y, kv, key, qbar, norm, table
+    return y, kept
 
 
 @on_device_of_first
-def rank_augmented_bwd(q, k, v, lepe, gate, kv, key, qbar, norm, table, dy, width: int, eps: float):
-    """Gradients dq, dk, dv, dlepe (or None), dgate (or None); `kv` to `table` are those of the forward pass."""
+def rank_augmented_bwd(q, k, v, lepe, gate, kept, dy, height: int, width: int, eps: float):
+    """Gradients dq, dk, dv, dlepe (or None), dgate (or None); `kept` is what the forward pass left."""
     q, k, v, dy = rows(q), rows(k), rows(v), rows(dy)
     lepe, gate = (x if x is None else rows(x) for x in (lepe, gate))
-    steps = plan(_BackwardPlan, (table.shape[1], width, eps), q, k, v, lepe, gate, dy)
-    at_16 = aligned(q, k, v, lepe, gate, dy, kv, key, qbar, norm, table)
+    steps = plan(_BackwardPlan, (height, width, eps), q, k, v, lepe, gate, dy)
+    at_16 = aligned(q, k, v, lepe, gate, dy, kept)
+    kv, key, qbar, norm, table = kept.split_with_sizes(steps.kept_sizes)
     fresh = lambda: torch.empty(q.shape, dtype=q.dtype, device=q.device)  # noqa: E731
     dr, dgate = dy if lepe is None and gate is None else fresh(), None if gate is None else fresh()
     dkv, dkey, parts_kv, parts_key, dqbar = steps.scratch()

@@ -33,7 +33,7 @@ def steps(batch, height, width, heads):
     lepe, dy = draw(heads, 64), draw(heads, 64)
     forward = lambda: kernels.rank_augmented_fwd(q, k, v, lepe, gate, height, width, 1e-6)  # noqa: E731
     saved = forward()[1:]
-    backward = lambda: kernels.rank_augmented_bwd(q, k, v, lepe, gate, *saved, dy, width, 1e-6)  # noqa: E731
+    backward = lambda: kernels.rank_augmented_bwd(q, k, v, lepe, gate, *saved, dy, height, width, 1e-6)  # noqa: E731
     return {'fwd': forward, 'bwd': backward}
 
 
