@@ -7,11 +7,13 @@ import re
 from collections.abc import Iterable, Mapping
 
 import torch
+import torch.nn.functional as F
 from diffusers.models import attention_processor as processors
 from diffusers.models.attention_processor import Attention
 from diffusers.utils import logging
 from torch import Tensor, nn
 from zoo.kernels.linear_attention import linear_attention
+from zoo.kernels.norm import leaky_layer_norm
 
 EPS = 1e-4
 # What these do is what attn1 does without them: they have no weights and compute softmax attention.
@@ -70,6 +72,8 @@ class LinearSelfAttention(Attention):
         dropout: of the output.
     """
 
+    _folded_from: tuple[int, ...] | None = None
+
     def __init__(
         self,
         dim: int,
@@ -91,8 +95,78 @@ class LinearSelfAttention(Attention):
             _say_once(type(processor).__name__)
         super().set_processor(processor)
 
+    @torch.no_grad()
     def fuse_projections(self, fuse: bool = True) -> None:
-        """Nothing: queries, keys and values have different inputs."""
+        """Fold weights for inference; `fuse_qkv_projections()` of a UNet or pipeline calls it.
+
+        With a the activation inside an MLP, to_q(x + W a + b) = to_q(x) + (to_q W) a + to_q b: the products with x are
+        one, and so are the first layers of both MLPs. Used where no gradient is recorded, until a weight changes or
+        another processor than diffusers' fused one is set. The folded weights are not saved.
+
+        Args:
+            fuse: False to drop them.
+        """
+        for name in [name for name in self._buffers if name.startswith('folded_')]:
+            del self._buffers[name]
+        self._folded_from = self._versions() if fuse else None
+        if self._folded_from is None:
+            return
+        wide = lambda x: x.detach().double()  # noqa: E731
+        weights, biases, inner = [], [], not isinstance(self.to_q_, nn.Identity)
+        for linear, mlp in ((self.to_q, self.to_q_), (self.to_k, self.to_k_), (self.to_v, None)):
+            weight = wide(linear.weight) * (2 if mlp is not None and not inner else 1)
+            bias = weight.new_zeros(len(weight)) if linear.bias is None else wide(linear.bias)
+            weights.append(weight)
+            biases.append(bias + weight @ wide(mlp[3].bias) if inner and mlp is not None else bias)
+        folded = {'qkv': torch.cat(weights), 'bias': torch.cat(biases)}
+        if inner:
+            mlps = (self.to_q_, self.to_k_)
+            outs = [weight @ wide(mlp[3].weight) for weight, mlp in zip(weights, mlps)]
+            middle, dim = outs[0].shape[1], len(outs[0])
+            # narrow MLPs: half of the one product is with zeros, which costs less than a second launch
+            folded['out'] = torch.block_diag(*outs) if 4 * middle <= dim else torch.stack(outs)
+            folded['in'] = torch.cat([wide(mlp[0].weight) for mlp in mlps])
+            folded['in_bias'] = torch.cat([wide(mlp[0].bias) for mlp in mlps])
+            folded['norm'] = torch.stack([wide(mlp[1].weight) for mlp in mlps])
+            folded['norm_bias'] = torch.stack([wide(mlp[1].bias) for mlp in mlps])
+        for name, x in folded.items():
+            self.register_buffer(f'folded_{name}', x.to(self.to_q.weight.dtype), persistent=False)
+
+    def _versions(self) -> tuple[int, ...] | None:
+        """Changes with every change of a weight; None where a projection is more than its weight, as with adapters."""
+        linear = [self.to_q, self.to_k, self.to_v]
+        for mlp in (self.to_q_, self.to_k_):
+            if not isinstance(mlp, nn.Identity):
+                linear += [mlp[0], mlp[3]]
+                if type(mlp[1]) is not nn.LayerNorm:
+                    return None
+        if any(type(x) is not nn.Linear for x in linear):
+            return None
+        return tuple([p._version for p in self.parameters()])
+
+    def _uses_folded(self) -> bool:
+        if torch.is_grad_enabled() or not isinstance(self.processor, processors.FusedAttnProcessor2_0):
+            return False
+        if self._folded_from is None:
+            return False
+        return torch.compiler.is_compiling() or self._folded_from == self._versions()
+
+    def _folded(self, x: Tensor) -> Tensor:
+        """Queries, keys and values side by side, (B, N, 3 dim)."""
+        qkv = F.linear(x, self.folded_qkv, self.folded_bias)
+        if 'folded_in' not in self._buffers:
+            return qkv
+        norm = self.to_q_[1]
+        a = F.linear(x, self.folded_in, self.folded_in_bias).unflatten(-1, self.folded_norm.shape)
+        a = leaky_layer_norm(a, self.folded_norm, self.folded_norm_bias, norm.eps, self.to_q_[2].negative_slope)
+        rows, dim, middle = qkv.flatten(0, 1), self.to_q.weight.shape[0], a.shape[-1]
+        a = a.flatten(2).flatten(0, 1)
+        if self.folded_out.ndim == 2:
+            rows[:, : 2 * dim].addmm_(a, self.folded_out.mT)
+        else:
+            for i in range(2):
+                rows[:, i * dim : (i + 1) * dim].addmm_(a[:, i * middle : (i + 1) * middle], self.folded_out[i].mT)
+        return qkv
 
     def forward(
         self,
@@ -114,7 +188,10 @@ class LinearSelfAttention(Attention):
             raise ValueError(f'linear self-attention takes (B, N, dim), got {tuple(hidden_states.shape)}')
         x = hidden_states
         split = lambda y: y.unflatten(-1, (self.heads, -1))  # noqa: E731  (B, N, H, D)
-        q, k, v = self.to_q(x + self.to_q_(x)), self.to_k(x + self.to_k_(x)), self.to_v(x)
+        if self._uses_folded():
+            q, k, v = self._folded(x).chunk(3, -1)
+        else:
+            q, k, v = self.to_q(x + self.to_q_(x)), self.to_k(x + self.to_k_(x)), self.to_v(x)
         o = linear_attention(split(q), split(k), split(v), eps=EPS, elu=True)
         return self.to_out[1](self.to_out[0](o.flatten(2)))
 

@@ -272,6 +272,15 @@ class LinFusion(ModelMixin, ConfigMixin):
         self._tell_pipeline(model)
         self.__dict__.pop('_pipeline', None)
 
+    def fuse(self) -> None:
+        """Fold the weights of the linear layers for inference: fewer and smaller matrix products, the same results.
+
+        `fuse_qkv_projections()` of the model does it for its other attention layers too; another processor ends it.
+        """
+        for layer in self.layers.values():
+            layer.fuse_projections()
+            layer.set_processor(processors.FusedAttnProcessor2_0())
+
     @contextmanager
     def teacher(self) -> Iterator[nn.Module]:
         """Inside, the model computes with its softmax layers: one model in memory is both teacher and student.

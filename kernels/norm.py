@@ -6,12 +6,14 @@ For every row of C channels, in fp32 (fp64 for fp64 input):
     RMSNorm    y = s / sqrt(mean(s^2) + eps) * weight
     LayerNorm  y = (s - mean(s)) / sqrt(var(s) + eps) * weight + bias
     gated      y = x / sqrt(mean(x^2) + eps) * weight * silu(gate)
+    leaky      y = leaky_relu(LayerNorm(x)), a LayerNorm of its own for each of G groups
 
 `x` (..., C) is the output of a branch, `residual` (..., C) the stream it is added to, gamma (C,) LayerScale's factor
 per channel (arXiv 2103.17239), sample_scale (B,) stochastic depth's factor per sample (arXiv 1603.09382). RMSNorm is
 that of arXiv 1910.07467. A pre-norm network reads a branch and the stream once, and writes the new stream and the next
 branch's input once. The gated norm is the output stage of linear attention with a swish gate (arXiv 2312.06635,
-mmMamba's arXiv 2502.13145), per head.
+mmMamba's arXiv 2502.13145), per head. The leaky norm, for inference, is inside LinFusion's MLPs (arXiv 2409.02097),
+whose first layers for queries and keys are one product.
 
 FLOP convention: none are counted, as for PyTorch's own norms.
 """
@@ -24,7 +26,15 @@ from torch import Tensor
 from zoo.kernels import _dispatch
 from zoo.kernels._op import Op
 
-__all__ = ['gated_rms_norm', 'layer_norm', 'naive_gated_rms_norm', 'naive_norm', 'rms_norm']
+__all__ = [
+    'gated_rms_norm',
+    'layer_norm',
+    'leaky_layer_norm',
+    'naive_gated_rms_norm',
+    'naive_leaky_layer_norm',
+    'naive_norm',
+    'rms_norm',
+]
 
 
 def naive_norm(x, residual, gamma, sample_scale, weight, bias, eps, center, dtype):
@@ -297,3 +307,50 @@ def gated_rms_norm(x: Tensor, weight: Tensor, gate: Tensor, eps: float = 1e-5) -
     wide = torch.promote_types(x.dtype, torch.float32)
     y = F.rms_norm(x.to(wide), weight.shape, weight.to(wide), eps) * F.silu(gate.to(wide))
     return y.to(x.dtype)
+
+
+def naive_leaky_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, slope: float = 0.01) -> Tensor:
+    """The formula in fp32 or fp64: the oracle."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    h = x.to(wide) - x.to(wide).mean(-1, keepdim=True)
+    h = h * (h.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.to(wide) + bias.to(wide)
+    return torch.where(h > 0, h, slope * h).to(x.dtype)
+
+
+def _leaky_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, slope: float) -> Tensor:
+    return _dispatch.triton_module('norm').leaky_norm_fwd(x, weight, bias, eps, slope)
+
+
+_leaky_op = Op('zoo::leaky_layer_norm', _leaky_forward, lambda x, weight, bias, eps, slope: x.new_empty(x.shape))
+
+
+def leaky_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, slope: float = 0.01) -> Tensor:
+    """LeakyReLU of a LayerNorm over the last dimension, with weights per group.
+
+    The kernel is for inference: where gradients are recorded the plain operations run.
+
+    Args:
+        x: (..., G, C).
+        weight: (G, C).
+        bias: (G, C).
+        eps: added to the variance.
+        slope: factor of negative values.
+
+    Returns:
+        (..., G, C) in x's dtype.
+
+    Raises:
+        ValueError: for shapes that do not fit, naming the argument.
+    """
+    if x.ndim < 2 or weight.shape != x.shape[-2:] or bias.shape != weight.shape:
+        raise ValueError(
+            f"leaky_layer_norm: weight and bias must be (G, C) like x's last two dimensions, got {tuple(weight.shape)} "
+            f'and {tuple(bias.shape)} for x {tuple(x.shape)}'
+        )
+    if _dispatch.forced() == 'naive':
+        return naive_leaky_layer_norm(x, weight, bias, eps, slope)
+    if not torch.is_grad_enabled() and x.numel() and x.shape[-1] <= 8192 and _dispatch.takes_triton('norm', x):
+        return _leaky_op(x, weight, bias, float(eps), float(slope))
+    wide = torch.promote_types(x.dtype, torch.float32)
+    h = F.layer_norm(x.to(wide), x.shape[-1:], eps=eps) * weight.to(wide) + bias.to(wide)
+    return F.leaky_relu(h, slope).to(x.dtype)

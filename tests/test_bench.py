@@ -266,12 +266,13 @@ def test_unet(tmp_path, capsys):
     more = ['--end-to-end', '128x128', '--steps', '3', '--plot', str(plot)]
     result = bench(tmp_path, *UNET, '--sizes', '64', *more)
     *rows, whole = result['results']
-    assert [(r['size'], r['row']) for r in rows] == [(64, row) for row in ('sdpa', 'linfusion', 'formula', 'none')]
+    names = ('sdpa', 'sdpa fused', 'linfusion', 'linfusion fused', 'formula', 'none')
+    assert [(r['size'], r['row']) for r in rows] == [(64, row) for row in names]
     assert all(r['step_ms'] >= r['min_ms'] > 0 and r['batch'] == 2 and r['model'] == 'sdxl' for r in rows)
     times = {(r['size'], r['row']): r['step_ms'] for r in rows}
     for pair in result['ratios']:
         size = pair['size']
-        expected = times[size, 'sdpa'] / times[size, 'linfusion']
+        expected = times[size, 'sdpa'] / times[size, pair['row']]
         assert pair['times_faster_than_sdpa'] == pytest.approx(expected, rel=0.01)
     assert whole['row'] == 'end to end' and whole['seconds'] >= sum(r['seconds'] for r in whole['levels']) * 0.9
     assert [(r['width'], r['steps']) for r in whole['levels']] == [(64, 3), (128, 1)]
@@ -289,10 +290,12 @@ def test_unet_rows_are_what_they_say():
         for p in linear.parameters():
             p.add_(torch.randn_like(p) * 0.05)
         found = {}
-        for row in ('linfusion', 'formula', 'sdpa', 'none', 'linfusion again'):
+        for row in ('linfusion', 'linfusion fused', 'formula', 'sdpa', 'sdpa fused', 'none', 'linfusion again'):
             with self_attention(linear, row):
                 found[row] = unet(*given, **named)[0]
-    torch.testing.assert_close(found['formula'], found['linfusion'], rtol=1e-4, atol=1e-4)
+    for one, other in (('formula', 'linfusion'), ('linfusion fused', 'linfusion'), ('sdpa fused', 'sdpa')):
+        torch.testing.assert_close(found[one], found[other], rtol=1e-4, atol=1e-4)
+    assert not torch.equal(found['linfusion fused'], found['linfusion'])
     assert torch.equal(found['linfusion'], found['linfusion again'])
     for row in ('sdpa', 'none'):
         assert (found[row] - found['linfusion']).abs().max() > 1e-3

@@ -244,6 +244,22 @@ def test_gated_norm(shape, backend):
     compare(gated, [draw(*shape), draw(width), fused], backend)
 
 
+@pytest.mark.parametrize('backend', BACKENDS)
+@pytest.mark.parametrize('shape', [(2, 9, 2, 24), (1, 1, 40), (0, 2, 16)], ids=str)
+def test_leaky_layer_norm(shape, backend):
+    """Inference of a slice, as projections that are one product leave it, and gradients of the plain operations."""
+    groups, width = shape[-2:]
+    fused, weight, bias = draw(*shape[:-2], groups * width + 5), draw(groups, width), draw(groups, width)
+    take = lambda x, w, b: norm.leaky_layer_norm(x[..., 5:].unflatten(-1, (groups, width)), w, b)  # noqa: E731
+    compare(take, [fused, weight, bias], backend)
+    with torch.no_grad(), zoo.kernel_backend(backend):
+        found = take(fused, weight, bias)
+    expected = norm.naive_leaky_layer_norm(
+        fused[..., 5:].unflatten(-1, (groups, width)).double(), weight.double(), bias.double()
+    )
+    assert relative_rms(found, expected) < 1e-5
+
+
 @pytest.mark.parametrize('op, args', [
     (norm._op, lambda: (draw(2, 5, 16), draw(2, 5, 16), None, None, draw(16), None, 1e-6, False, torch.float32)),
     (norm._gated_op, lambda: (draw(2, 3, 16), draw(16), draw(2, 3, 16), 1e-5)),

@@ -1,5 +1,5 @@
-"""RMSNorm and LayerNorm on GPUs, with the addition to the residual stream before them, or a gate after them: one pass
-over memory each way.
+"""RMSNorm and LayerNorm on GPUs, with the addition to the residual stream before them, or a gate or LeakyReLU after
+them: one pass over memory each way.
 
 A program holds whole rows. The backward pass recomputes the statistics from the stream, and every program sums the
 gradients of the weights over its rows; the sums of the programs are added afterwards, in one order.
@@ -210,3 +210,33 @@ def gated_norm_bwd(x, weight, gate, dy, eps):
     tensors = (x, weight, gate, dy.contiguous(), dx, dgate, partial)
     launch(gated_norm_bwd_kernel, (count, 1, 1), tensors, (N, count * consts['BN'], eps), consts)
     return dx, partial.sum(0).to(weight.dtype), dgate
+
+
+@triton.jit(do_not_specialize=['N'])
+def leaky_norm_kernel(
+    x, weight, bias, y, N, eps, slope,
+    SX: tl.constexpr, G: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Rows are (token, group); tokens lie SX apart, the groups of one side by side."""
+    rows = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    cols = tl.arange(0, BC)
+    inside = (rows < N)[:, None] & (cols < C)[None, :]
+    group = ((rows % G) * C)[:, None] + cols[None, :]
+    h = tl.load(x + (rows // G)[:, None] * SX + group, mask=inside, other=0.0).to(tl.float32)
+    h, _ = _centred(h, inside, C, eps, True)
+    h *= tl.load(weight + group, mask=inside, other=0.0).to(tl.float32)
+    h += tl.load(bias + group, mask=inside, other=0.0).to(tl.float32)
+    h = tl.where(h > 0, h, slope * h)
+    tl.store(y + rows[:, None] * C + cols[None, :], h.to(y.dtype.element_ty), mask=inside)
+
+
+def leaky_norm_fwd(x, weight, bias, eps, slope):
+    """(..., G, C) in x's dtype."""
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    G, C = x.shape[-2:]
+    N, BC = x.numel() // C, next_power(C)
+    x, SX = token_rows(x, 2)
+    consts = {'SX': SX, 'G': G, 'C': C, 'BC': BC, 'BN': max(1, _TILE // 2 // BC)}
+    tensors = (x, weight.contiguous(), bias.contiguous(), y)
+    launch(leaky_norm_kernel, (ceil_div(N, consts['BN']), 1, 1), tensors, (N, eps, slope), consts)
+    return y

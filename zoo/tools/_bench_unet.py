@@ -33,7 +33,7 @@ from zoo.tools.generate_image import parse_size
 
 SIZES = (512, 1024, 2048, 4096, 8192, 16384)
 MODES = ('eager', 'captured', 'compiled', 'compiled captured')
-ROWS = ('sdpa', 'linfusion', 'formula', 'none')
+ROWS = ('sdpa', 'sdpa fused', 'linfusion', 'linfusion fused', 'formula', 'none')
 MODELS = ('sd15', 'sdxl')
 _SETTINGS = ('dtype', 'sizes', 'batch', 'rows', 'modes', 'quick', 'row_seconds')
 # What a step is tried with: batch (None: the one asked for), pieces of the feed-forward layers.
@@ -151,7 +151,7 @@ def _model_rows(name: str, args: argparse.Namespace) -> Iterator[dict]:
         for mode in args.modes:
             for row in args.rows:
                 # four times the pixels: sixteen times the time of softmax attention at most
-                grown = 16 if row == 'sdpa' else 4
+                grown = 16 if row.startswith('sdpa') else 4
                 expected = last.get((row, mode), last.get((row, 'eager'), 0.0)) * grown
                 try:
                     with self_attention(linear, row):
@@ -200,21 +200,24 @@ def compare(rows: list[dict]) -> list[dict]:
         rows: what was measured; those with an error or at another batch are left out.
 
     Returns:
-        Per model, size and mode: how many times faster the step is than `sdpa`'s, and how many times longer the
-        formula's share of a step is than the kernel's (a share is what a step takes beyond that of the row `none`).
+        Per model, size, mode and linear row: how many times faster the step is than those of `sdpa` and `sdpa fused`,
+        and how many times longer the formula's share of a step is than the row's (a share is what a step takes beyond
+        that of the row `none`).
     """
     found = []
     times = {(r['model'], r['size'], r['mode'], r['batch'], r['row']): r['step_ms'] for r in rows if 'step_ms' in r}
     for *key, row in times:
         at = lambda name: times.get((*key, name))  # noqa: B023, E731
-        if row != 'linfusion' or not (at('sdpa') or (at('formula') and at('none'))):
+        if not row.startswith('linfusion'):
             continue
-        pair = dict(zip(('model', 'size', 'mode', 'batch'), key))
-        if at('sdpa'):
-            pair['times_faster_than_sdpa'] = round(at('sdpa') / at(row), 3)
+        pair = dict(zip(('model', 'size', 'mode', 'batch', 'row'), (*key, row)))
+        for peer in ('sdpa', 'sdpa fused'):
+            if at(peer):
+                pair[f'times_faster_than_{peer.replace(" ", "_")}'] = round(at(peer) / at(row), 3)
         if at('formula') and at('none') and at(row) > at('none'):
             pair['formula_share_over_ours'] = round((at('formula') - at('none')) / (at(row) - at('none')), 3)
-        found.append(pair)
+        if len(pair) > 5:
+            found.append(pair)
     return found
 
 

@@ -13,6 +13,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from diffusers.models.attention_processor import AttnProcessor2_0, FusedAttnProcessor2_0
 from torch import nn
 
 from zoo.backbones.linfusion import LinearSelfAttention, LinFusion
@@ -101,20 +102,36 @@ class Formula(LinearSelfAttention):
 
 
 @contextlib.contextmanager
+def _fused(layers: list[nn.Module]) -> Iterator[None]:
+    for layer in layers:
+        layer.fuse_projections()
+        layer.set_processor(FusedAttnProcessor2_0())
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.fuse_projections(False)
+            layer.set_processor(AttnProcessor2_0())
+            layer._modules.pop('to_qkv', None)
+
+
+@contextlib.contextmanager
 def self_attention(linear, row: str) -> Iterator[None]:
     """The UNet with the self-attention of a row; weights of the others are in main memory meanwhile.
 
     Args:
         linear: the UNet's LinFusion.
-        row: `sdpa`, `linfusion`, `formula` or `none`.
+        row: `sdpa`, `linfusion`, `formula` or `none`; `sdpa fused` and `linfusion fused` are after diffusers'
+            `fuse_qkv_projections()`.
     """
     device, layers = linear.device, list(linear.layers.values())
-    if row == 'sdpa':
+    if row.startswith('sdpa'):
         with linear.teacher() as unet:
             softmax = [unet.get_submodule(name) for name in linear.layers]
             linear.to('cpu')
             try:
-                yield
+                with _fused(softmax if row == 'sdpa fused' else []):
+                    yield
             finally:
                 linear.to(device)
         for layer in softmax:
@@ -126,7 +143,8 @@ def self_attention(linear, row: str) -> Iterator[None]:
         elif row == 'formula':
             layer.__class__ = Formula
     try:
-        yield
+        with _fused(layers if row == 'linfusion fused' else []):
+            yield
     finally:
         for layer in layers:
             layer.__class__ = LinearSelfAttention
@@ -146,6 +164,7 @@ def build_pipeline(name: str, device: str, dtype: torch.dtype, quick: bool):
         The pipeline, and random embeddings of a prompt and of none as its inputs.
     """
     unet, linear = build(name, device, dtype, quick, keep_teacher=False)
+    linear.fuse()
     widths = (8, 8, 16, 16) if quick else (128, 256, 512, 512)
     size = dict(block_out_channels=widths, layers_per_block=1 if quick else 2, norm_num_groups=4 if quick else 32)
     blocks = dict(down_block_types=('DownEncoderBlock2D',) * 4, up_block_types=('UpDecoderBlock2D',) * 4)

@@ -68,10 +68,13 @@ def load_pipeline(name: str, linfusion: str, dtype: torch.dtype):
         pipe = DiffusionPipeline.from_pretrained(name, torch_dtype=dtype)
     except (OSError, ValueError) as error:
         raise ZooError(f'{name} does not load as a diffusers pipeline: {str(error).strip().splitlines()[0]}') from error
-    if linfusion == 'none' or (linfusion == 'auto' and diffusion.LinFusion.of(pipe) is not None):
+    linear = diffusion.LinFusion.of(pipe)
+    if linear is not None:
+        linear.fuse()
+    if linfusion == 'none' or (linfusion == 'auto' and linear is not None):
         return pipe
     try:
-        diffusion.LinFusion.attach(pipe, linfusion, keep_teacher=False)
+        diffusion.LinFusion.attach(pipe, linfusion, keep_teacher=False).fuse()
     except (OSError, ValueError) as error:
         raise ZooError(f'--linfusion {linfusion}: {error} (none: generate with softmax attention)') from error
     return pipe
