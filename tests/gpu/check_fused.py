@@ -48,21 +48,36 @@ def swiglu_cases(dtype: torch.dtype) -> Iterator[Case]:
         yield f'swiglu {rows} x {hidden}', swiglu.swiglu, [draw(2, rows, 2 * hidden, dtype=dtype) * 3]
 
 
-def swiglu_linear_cases() -> int:
-    """Number of bad cases of the product with the activation in it: widths of ViG and ViG-H, odd numbers of rows."""
+def inference_only(dtype: torch.dtype) -> Iterator[tuple[str, Callable, Callable, list[Tensor]]]:
+    """Label, op, formula and arguments of ops without a backward pass: widths of ViG, ViG-H and LinFusion, odd rows."""
+    for rows, channels, hidden in (
+        (50176, 384, 1024),
+        (4097, 768, 2048),
+        (999, 96, 256),
+        (1, 192, 512),
+        (300, 320, 864),
+    ):
+        x, w = draw(2, rows, channels, dtype=dtype), draw(2 * hidden, channels, dtype=dtype) * channels**-0.5
+        formula = lambda x, w: swiglu.naive_swiglu(x @ w.T)  # noqa: E731
+        yield f'swiglu_linear {rows} x {channels} x {hidden}', swiglu.swiglu_linear, formula, [x, w]
+    for rows, width in ((8192, 40), (2048, 80), (8192, 320), (4097, 640), (511, 1280), (1, 24)):
+        x = draw(2, rows, 2 * width + 8, dtype=dtype)[..., 8:].unflatten(-1, (2, width))
+        tensors = [x, draw(2, width, dtype=dtype), draw(2, width, dtype=dtype)]
+        yield f'leaky_layer_norm {rows} x {width}', norm.leaky_layer_norm, norm.naive_leaky_layer_norm, tensors
+
+
+def check_inference(say) -> int:
+    """The number of bad cases of ops without a backward pass."""
     bad = 0
     for dtype in (torch.bfloat16, torch.float16):
-        shapes = ((50176, 384, 1024), (4097, 768, 2048), (999, 96, 256), (1, 192, 512), (300, 320, 864))
-        for rows, channels, hidden in shapes:
-            for seed in (0, 1):
-                torch.manual_seed(seed)
-                x = draw(2, rows, channels, dtype=dtype)
-                w = draw(2 * hidden, channels, dtype=dtype) * channels**-0.5
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            for label, op, formula, tensors in inference_only(dtype):
                 with torch.no_grad():
-                    expected = {'o': swiglu.naive_swiglu(x.double() @ w.double().T)}
-                    run = lambda x=x, w=w: {'o': swiglu.swiglu_linear(x, w)}  # noqa: E731
-                    good, errors = verdict(run, expected, {'o': LIMITS[dtype][0]}, ('swiglu_linear', rows, channels))
-                print('good' if good else 'BAD', 'swiglu_linear', dtype, rows, channels, hidden, errors, flush=True)
+                    expected = {'o': formula(*(x.double() for x in tensors))}
+                    run = lambda op=op, tensors=tensors: {'o': op(*tensors)}  # noqa: E731
+                    good, errors = verdict(run, expected, {'o': LIMITS[dtype][0]}, (label, dtype))
+                say(what='inference', case=label, dtype=str(dtype), good=good, **errors)
                 bad += not good
     return bad
 
@@ -122,7 +137,7 @@ def results(function: Callable, tensors: list[Tensor], backend: str, dtype: torc
 
 def check(say, shard: tuple[int, int] = (0, 1), dtypes: list[torch.dtype] = (torch.float32, torch.bfloat16)) -> int:
     """The number of bad cases."""
-    bad = swiglu_linear_cases() if shard[0] == 0 else 0
+    bad = check_inference(say) if shard[0] == 0 else 0
     for dtype in dtypes:
         for family in (norm_cases, swiglu_cases, mix_cases, gate_cases):
             torch.manual_seed(0)
