@@ -183,8 +183,9 @@ def test_python_blocks_compile_and_import():
 
 
 def test_figures_and_links_exist():
-    for target in re.findall(r'\]\((?!https?://|#)([^)#]+)', README):
-        assert (ROOT / target).exists(), f'README links to {target}'
+    for page in (ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *(ROOT / 'docs').rglob('*.md')):
+        for target in re.findall(r'\]\((?!https?://|#)([^)#]+)', page.read_text(encoding='utf-8')):
+            assert (page.parent / target).exists(), f'{page.relative_to(ROOT)} links to {target}'
 
 
 def test_table_of_models_is_true():
