@@ -1,0 +1,65 @@
+"""How kernels are started: past Triton's look-up and hooks, unless a profiler has hung one in."""
+
+import pytest
+import torch
+
+pytest.importorskip('triton')
+from triton import knobs
+from zoo.kernels._triton import _common
+
+GRID, ARGS = (3, 2, 1), (torch.zeros(4), 7)
+
+
+class Compiled:
+    """What Triton gives after a first launch, noting how it is called."""
+
+    function, packed_metadata = 'function', 'metadata'
+
+    def __init__(self):
+        self.calls = []
+
+    def __getitem__(self, grid):
+        return lambda *args: self.calls.append(('hooked', grid, args))
+
+    def run(self, *args):
+        self.calls.append(('plain', args))
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'current_device', lambda: 0)
+    monkeypatch.setattr(torch._C, '_cuda_getCurrentRawStream', lambda index: 'stream', raising=False)
+    return Compiled()
+
+
+def test_without_hooks_nothing_is_called_beside_the_kernel(compiled):
+    _common.start(compiled, GRID, ARGS)
+    assert compiled.calls == [('plain', (3, 2, 1, 'stream', 'function', 'metadata', None, None, None, *ARGS))]
+
+
+@pytest.mark.parametrize('name', ['launch_enter_hook', 'launch_exit_hook'])
+def test_hooks_of_profilers_see_every_launch(compiled, monkeypatch, name):
+    monkeypatch.setattr(knobs.runtime, name, lambda metadata: None)
+    _common.start(compiled, GRID, ARGS)
+    assert compiled.calls == [('hooked', GRID, ARGS)]
+
+
+def test_a_kernel_is_looked_up_again_for_tensors_off_16_bytes(compiled, monkeypatch):
+    monkeypatch.setattr(_common, 'interpreting', lambda: False)
+    seen = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **named: seen.append((grid, args, named)) or compiled
+
+    launch = _common.Launch(Kernel(), GRID, (5,), {'D': 8}, 2, 3, registers=64)
+    buffer = torch.zeros(64)
+    inside, off = buffer[:8], buffer[1:9]
+    assert _common.aligned(inside, None) and not _common.aligned(inside, off)
+    launch(False, off)
+    launch(True, inside)
+    launch(True, inside)
+    launch(False, off)
+    expected = {'D': 8, 'num_warps': 2, 'num_stages': 3, 'maxnreg': 64}
+    assert [(args[1:], named) for _, args, named in seen] == [((5,), expected)] * 3
+    assert [call[1][-3:] for call in compiled.calls] == [(inside, 5, 8)]
