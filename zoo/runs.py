@@ -415,14 +415,18 @@ class ZooCLI(LightningCLI):
             raise ZooError(f'{self.checkpoint} does not say how images were prepared: not written by zoo fit')
         output = self._get(self.config_init, 'output')
         folder = Path(output) if output else self.run_dir / 'predictions'
-        writer = PredictionWriter(folder, about['class_names'])
+        # a task with pictures or boxes for answers brings its own writer and its own way to load images
+        batch_size = self._get(self.config_init, 'batch_size')
+        if hasattr(model, 'prediction'):
+            data, writer = model.prediction(images, about, folder, batch_size)
+        else:
+            writer = PredictionWriter(folder, about['class_names'])
+            data = ImageList(images, View(**about['view']), about['class_names'], batch_size)
         self.trainer.callbacks.append(writer)
-        data = ImageList(images, View(**about['view']), about['class_names'], self._get(self.config_init, 'batch_size'))
         kwargs['datamodule'] = data
         self.trainer.predict(model, weights_only=True, return_predictions=False, **kwargs)
-        count = len(writer.rows) - writer.unreadable
-        unreadable = f', {writer.unreadable} unreadable (named in the table)' if writer.unreadable else ''
-        say(f'{count} images{unreadable}: {folder}/predictions.csv, {folder}/contact_sheet.png')
+        unreadable = f', {writer.unreadable} unreadable ({writer.names_them})' if writer.unreadable else ''
+        say(f'{writer.count} images{unreadable}: {", ".join(f"{folder}/{file}" for file in writer.files)}')
 
     def _conclude(self, model: LightningModule) -> None:
         """Ends a fit: curves, a test of the best checkpoint, what the model exports, and what was written where.
