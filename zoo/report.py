@@ -248,3 +248,9 @@ class PredictionWriter(Callback):
         left_out = len(self.rows) - self.unreadable - len(images)
         title = f'the first {len(images)} of {len(self.rows)} images' if left_out > 0 else ''
         plot_sheet(images, captions, self.folder / 'contact_sheet.png', title)
+
+    def summary(self) -> str:
+        """What is said when all is written."""
+        count = len(self.rows) - self.unreadable
+        unreadable = f', {self.unreadable} unreadable (named in the table)' if self.unreadable else ''
+        return f'{count} images{unreadable}: {self.folder}/predictions.csv, {self.folder}/contact_sheet.png'

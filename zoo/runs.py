@@ -25,13 +25,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 import zoo
 from zoo.checkpoints import BEST, LAST, AtomicCheckpointIO, KeepLast, read_checkpoint, resolve_last
-from zoo.data.images import ImageList
-from zoo.data.transforms import View
 from zoo.errors import ZooError
-from zoo.report import PredictionWriter, plot_curves
+from zoo.report import plot_curves
 from zoo.tasks.progress import EpochLine, LearningRate, MetricsCSV, Throughput
 
 CHECKPOINTS, CONFIG = 'checkpoints', 'config.yaml'
+_IMAGE_TASKS = ('Classify', 'Segment')  # what a lone checkpoint can name as `zoo.task`
 _NOISE = (
     '.*does not have many workers.*',
     '.*in eval mode at the start of training.*',
@@ -175,12 +174,14 @@ def config_of(checkpoint: Path) -> Path:
     folder = run_folder_of(checkpoint)
     if folder is not None:
         return folder / CONFIG
-    # the class is fixed here: a checkpoint may say how large a network is, not which code to run
-    hparams = read_checkpoint(checkpoint, mmap=True).get('hyper_parameters') or {}
+    # the classes are fixed here: a checkpoint may say how large a network is, not which code to run
+    saved = read_checkpoint(checkpoint, mmap=True)
+    hparams, task = saved.get('hyper_parameters') or {}, (saved.get('zoo') or {}).get('task')
     if 'num_classes' not in hparams:
         raise ZooError(f'{checkpoint} does not say which network it holds; give the config of its run with --config')
     made = Path(tempfile.mkdtemp(prefix='zoo-')) / f'{checkpoint.stem}.yaml'
-    made.write_text(yaml.safe_dump({'model': {'class_path': 'zoo.tasks.Classify', 'init_args': _plain(hparams)}}))
+    task = task if task in _IMAGE_TASKS else 'Classify'
+    made.write_text(yaml.safe_dump({'model': {'class_path': f'zoo.tasks.{task}', 'init_args': _plain(hparams)}}))
     return made
 
 
@@ -359,7 +360,7 @@ class ZooCLI(LightningCLI):
         else:
             kwargs['logger'] = False
             kwargs['enable_checkpointing'] = False
-        if self.subcommand in ('fit', 'test') and hasattr(self.model, 'report_callback'):
+        if self.subcommand != 'predict' and hasattr(self.model, 'report_callback'):
             callbacks.append(self._report_callback())
         if config.get('enable_progress_bar') is None:
             kwargs['enable_progress_bar'] = sys.stdout.isatty()
@@ -403,7 +404,7 @@ class ZooCLI(LightningCLI):
         say(model.headline('val', self.trainer.callback_metrics))
 
     def predict(self, model: LightningModule, **kwargs: Any) -> None:
-        if hasattr(model, 'export'):
+        if not hasattr(model, 'prediction'):
             raise ZooError(f'{type(model).__name__} has no predict: its models are folders that transformers loads')
         images = self._get(self.config_init, 'images')
         if not images:
@@ -415,21 +416,18 @@ class ZooCLI(LightningCLI):
             raise ZooError(f'{self.checkpoint} does not say how images were prepared: not written by zoo fit')
         output = self._get(self.config_init, 'output')
         folder = Path(output) if output else self.run_dir / 'predictions'
-        writer = PredictionWriter(folder, about['class_names'])
+        data, writer = model.prediction(images, about, folder, self._get(self.config_init, 'batch_size'))
         self.trainer.callbacks.append(writer)
-        data = ImageList(images, View(**about['view']), about['class_names'], self._get(self.config_init, 'batch_size'))
         kwargs['datamodule'] = data
         self.trainer.predict(model, weights_only=True, return_predictions=False, **kwargs)
-        count = len(writer.rows) - writer.unreadable
-        unreadable = f', {writer.unreadable} unreadable (named in the table)' if writer.unreadable else ''
-        say(f'{count} images{unreadable}: {folder}/predictions.csv, {folder}/contact_sheet.png')
+        say(writer.summary())
 
     def _conclude(self, model: LightningModule) -> None:
         """Ends a fit: curves, a test of the best checkpoint, what the model exports, and what was written where.
 
         A module that ends in its own way has `conclude(test) -> lines to print`. Otherwise `accuracy_curves`,
-        `headline` and `report_callback` say how its results are shown, and `export(folder) -> lines` writes more than
-        checkpoints.
+        `headline` and `report_callback` say how its results are shown, `prediction` how `predict` reads and writes, and
+        `export(folder) -> lines` writes more than checkpoints.
         """
         if hasattr(model, 'conclude'):
             lines = model.conclude(self._get(self.config_init, 'run').test_after_fit)
