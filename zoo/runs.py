@@ -25,8 +25,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 import zoo
 from zoo.checkpoints import BEST, LAST, AtomicCheckpointIO, KeepLast, read_checkpoint, resolve_last
+from zoo.data.images import ImageList
+from zoo.data.transforms import View
 from zoo.errors import ZooError
-from zoo.report import plot_curves
+from zoo.report import PredictionWriter, plot_curves
 from zoo.tasks.progress import EpochLine, LearningRate, MetricsCSV, Throughput
 
 CHECKPOINTS, CONFIG = 'checkpoints', 'config.yaml'
@@ -404,7 +406,7 @@ class ZooCLI(LightningCLI):
         say(model.headline('val', self.trainer.callback_metrics))
 
     def predict(self, model: LightningModule, **kwargs: Any) -> None:
-        if not hasattr(model, 'prediction'):
+        if hasattr(model, 'export'):
             raise ZooError(f'{type(model).__name__} has no predict: its models are folders that transformers loads')
         images = self._get(self.config_init, 'images')
         if not images:
@@ -416,17 +418,24 @@ class ZooCLI(LightningCLI):
             raise ZooError(f'{self.checkpoint} does not say how images were prepared: not written by zoo fit')
         output = self._get(self.config_init, 'output')
         folder = Path(output) if output else self.run_dir / 'predictions'
-        data, writer = model.prediction(images, about, folder, self._get(self.config_init, 'batch_size'))
+        # a task with pictures or boxes for answers brings its own writer and its own way to load images
+        batch_size = self._get(self.config_init, 'batch_size')
+        if hasattr(model, 'prediction'):
+            data, writer = model.prediction(images, about, folder, batch_size)
+        else:
+            writer = PredictionWriter(folder, about['class_names'])
+            data = ImageList(images, View(**about['view']), about['class_names'], batch_size)
         self.trainer.callbacks.append(writer)
         kwargs['datamodule'] = data
         self.trainer.predict(model, weights_only=True, return_predictions=False, **kwargs)
-        say(writer.summary())
+        unreadable = f', {writer.unreadable} unreadable ({writer.names_them})' if writer.unreadable else ''
+        say(f'{writer.count} images{unreadable}: {", ".join(f"{folder}/{file}" for file in writer.files)}')
 
     def _conclude(self, model: LightningModule) -> None:
         """Ends a fit: curves, a test of the best checkpoint, what the model exports, and what was written where.
 
         A module that ends in its own way has `conclude(test) -> lines to print`. Otherwise `accuracy_curves`,
-        `headline` and `report_callback` say how its results are shown, `prediction` how `predict` reads and writes, and
+        `headline` and `report_callback` say how its results are shown, `prediction` how predict reads and writes, and
         `export(folder) -> lines` writes more than checkpoints.
         """
         if hasattr(model, 'conclude'):

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import timm
 import torch
-from lightning.pytorch import Callback, LightningDataModule
+from lightning.pytorch import Callback
 from timm.data.mixup import Mixup
 from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
@@ -17,10 +17,8 @@ from torch import nn
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from zoo.data.images import ImageList
-from zoo.data.transforms import View
 from zoo.errors import RunError, ZooError
-from zoo.report import PredictionWriter, TestReport
+from zoo.report import TestReport
 from zoo.tasks.distill import Distill, Teacher
 from zoo.tasks.fitting import FittingModule
 from zoo.tasks.nonfinite import first_nonfinite
@@ -186,20 +184,6 @@ class Classify(FittingModule):
             samples: Where to leave images to try `predict` on, if anywhere.
         """
         return TestReport(folder, samples)
-
-    def prediction(
-        self, images: list[str], about: dict[str, Any], folder: Path, batch_size: int
-    ) -> tuple[LightningDataModule, Callback]:
-        """The data of `predict`, and what writes its results and has a `summary()`.
-
-        Args:
-            images: Files and folders as the user typed them.
-            about: What the checkpoint says of its run: class_names and view.
-            folder: Where results go.
-            batch_size: Images per step.
-        """
-        data = ImageList(images, View(**about['view']), about['class_names'], batch_size)
-        return data, PredictionWriter(folder, about['class_names'])
 
     # training
 
