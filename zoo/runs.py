@@ -32,6 +32,7 @@ from zoo.report import PredictionWriter, plot_curves
 from zoo.tasks.progress import EpochLine, LearningRate, MetricsCSV, Throughput
 
 CHECKPOINTS, CONFIG = 'checkpoints', 'config.yaml'
+_IMAGE_TASKS = ('Classify', 'Segment')  # what a lone checkpoint can name as `zoo.task`
 _NOISE = (
     '.*does not have many workers.*',
     '.*in eval mode at the start of training.*',
@@ -175,12 +176,14 @@ def config_of(checkpoint: Path) -> Path:
     folder = run_folder_of(checkpoint)
     if folder is not None:
         return folder / CONFIG
-    # the class is fixed here: a checkpoint may say how large a network is, not which code to run
-    hparams = read_checkpoint(checkpoint, mmap=True).get('hyper_parameters') or {}
+    # the classes are fixed here: a checkpoint may say how large a network is, not which code to run
+    saved = read_checkpoint(checkpoint, mmap=True)
+    hparams, task = saved.get('hyper_parameters') or {}, (saved.get('zoo') or {}).get('task')
     if 'num_classes' not in hparams:
         raise ZooError(f'{checkpoint} does not say which network it holds; give the config of its run with --config')
     made = Path(tempfile.mkdtemp(prefix='zoo-')) / f'{checkpoint.stem}.yaml'
-    made.write_text(yaml.safe_dump({'model': {'class_path': 'zoo.tasks.Classify', 'init_args': _plain(hparams)}}))
+    task = task if task in _IMAGE_TASKS else 'Classify'
+    made.write_text(yaml.safe_dump({'model': {'class_path': f'zoo.tasks.{task}', 'init_args': _plain(hparams)}}))
     return made
 
 
@@ -359,7 +362,7 @@ class ZooCLI(LightningCLI):
         else:
             kwargs['logger'] = False
             kwargs['enable_checkpointing'] = False
-        if self.subcommand in ('fit', 'test') and hasattr(self.model, 'report_callback'):
+        if self.subcommand != 'predict' and hasattr(self.model, 'report_callback'):
             callbacks.append(self._report_callback())
         if config.get('enable_progress_bar') is None:
             kwargs['enable_progress_bar'] = sys.stdout.isatty()
@@ -432,8 +435,8 @@ class ZooCLI(LightningCLI):
         """Ends a fit: curves, a test of the best checkpoint, what the model exports, and what was written where.
 
         A module that ends in its own way has `conclude(test) -> lines to print`. Otherwise `accuracy_curves`,
-        `headline` and `report_callback` say how its results are shown, and `export(folder) -> lines` writes more than
-        checkpoints.
+        `headline` and `report_callback` say how its results are shown, `prediction` how predict reads and writes, and
+        `export(folder) -> lines` writes more than checkpoints.
         """
         if hasattr(model, 'conclude'):
             lines = model.conclude(self._get(self.config_init, 'run').test_after_fit)
