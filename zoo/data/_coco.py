@@ -1,4 +1,4 @@
-"""Annotations in COCO's instances format (https://cocodataset.org/#format-data), read with an account of bad entries."""
+"""Annotations in COCO's instances format (https://cocodataset.org/#format-data), with an account of bad entries."""
 
 from __future__ import annotations
 
@@ -81,7 +81,9 @@ def read_instances(file: Path) -> Instances:
     for key in ('images', 'annotations', 'categories'):
         tables[key] = content.get(key) if isinstance(content, dict) else None
         if not isinstance(tables[key], list):
-            raise ZooError(f"{file} has no list {key!r}: expected COCO's instances format (images, annotations, categories)")
+            raise ZooError(
+                f"{file} has no list {key!r}: expected COCO's instances format (images, annotations, categories)"
+            )
     found = Instances(file)
     labels = _read_categories(found, tables['categories'])
     places = _read_images(found, tables['images'])

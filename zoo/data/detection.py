@@ -24,6 +24,7 @@ from zoo.data import _drawing
 from zoo.data._coco import Instances, draw_mask, few, read_instances
 from zoo.data.base import ResumableData, loader_options
 from zoo.data.folder import open_image
+from zoo.data.images import list_files
 from zoo.data.sampling import SUBSTITUTES, UNREADABLE, BucketBatches, EpochSampler, substitute_for
 from zoo.data.seeding import derive_seed, keyed_randomness, run_seed
 from zoo.errors import ZooError
@@ -76,21 +77,18 @@ class BoxAugment:
             steps.append(resize)
         if self.hflip:
             steps.append(v2.RandomHorizontalFlip(self.hflip))
-        return v2.Compose([*steps, v2.SanitizeBoundingBoxes(labels_getter=lambda sample: sample[1]['labels'])])
+        return v2.Compose(steps)
 
 
-class _RandomSizeCrop(v2.Transform):
+class _RandomSizeCrop:
     """Crops to a height and a width drawn from the range of DETR."""
 
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        sides = v2._utils.query_size(flat_inputs)
-        low, high = _CROP
-        crop = [int(torch.randint(min(low, side), min(high, side) + 1, ())) for side in sides]
-        top, left = (int(torch.randint(side - cut + 1, ())) for side, cut in zip(sides, crop))
-        return dict(top=top, left=left, height=crop[0], width=crop[1])
-
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        return self._call_kernel(F.crop, inpt, **params)
+    def __call__(self, image: torch.Tensor, target: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
+        sides, (low, high) = image.shape[-2:], _CROP
+        height, width = (int(torch.randint(min(low, side), min(high, side) + 1, ())) for side in sides)
+        top, left = (int(torch.randint(side - cut + 1, ())) for side, cut in zip(sides, (height, width)))
+        moved = {k: v if k == 'labels' else F.crop(v, top, left, height, width) for k, v in target.items()}
+        return F.crop(image, top, left, height, width), moved
 
 
 class ObjectSource(Protocol):
@@ -152,7 +150,13 @@ class KeyedObjects(Dataset):
         if self.masks:
             sample['masks'] = tv_tensors.Mask(target['masks'][single])
         image, sample = self.transform(tv_tensors.Image(image), sample)
-        return image.as_subclass(torch.Tensor), {k: v.as_subclass(torch.Tensor) for k, v in sample.items()}
+        sample = {k: v.as_subclass(torch.Tensor) for k, v in sample.items()}
+        # what ClampBoundingBoxes and SanitizeBoundingBoxes do, which take longer than drawing a small image
+        height, width = image.shape[-2:]
+        corners = torch.minimum(sample['boxes'].clamp(min=0), torch.tensor([width, height, width, height]))
+        sample['boxes'] = corners
+        kept = (corners[:, 2:] - corners[:, :2] >= 1).all(1)
+        return image.as_subclass(torch.Tensor), {k: v[kept] for k, v in sample.items()}
 
 
 def collate_objects(samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -291,18 +295,16 @@ class CocoObjects(DetectionData):
             if not self.class_names:
                 self.class_names, self.category_ids, first = found.names, found.ids, file
             elif (found.names, found.ids) != (self.class_names, self.category_ids):
-                theirs, ours = (set(zip(i, n)) for i, n in ((found.ids, found.names), (self.category_ids, self.class_names)))
-                raise ZooError(
-                    f'{file} has other categories than {first}' + few([str(c) for c in sorted(theirs ^ ours)])
-                )
-            self.splits[split] = _CocoSplit(folder, found, None if split != 'train' or self.keep_empty else True)
+                theirs, ours = {*zip(found.ids, found.names)}, {*zip(self.category_ids, self.class_names)}
+                raise ZooError(f'{file} has other categories than {first}:' + few(list(map(str, theirs ^ ours))))
+            self.splits[split] = _CocoSplit(folder, found, with_empty=split != 'train' or self.keep_empty)
             if not len(self.splits[split]):
                 raise ZooError(f'no image of {file} has a usable annotation')
 
     def use_masks(self) -> None:
         super().use_masks()
         for source in self.splits.values():
-            self._account(source.instances.file, source.without_bad_masks())
+            self._account(source.instances.file, source.drop_bad_masks())
 
     def _account(self, file: Path, problems: list[str]) -> None:
         if not problems:
@@ -311,3 +313,162 @@ class CocoObjects(DetectionData):
             raise ZooError(f'{file}: {len(problems)} malformed entries (strict: true){few(problems)}')
         self.malformed += len(problems)
         warnings.warn(f'{file}: {len(problems)} malformed entries left out{few(problems)}', RuntimeWarning, 2)
+
+
+class _CocoSplit:
+    """One split: its annotations and the folder of its images.
+
+    Args:
+        folder: of the images.
+        instances: the annotations.
+        with_empty: whether images without an object that trains belong to it.
+    """
+
+    def __init__(self, folder: Path, instances: Instances, with_empty: bool) -> None:
+        self.folder, self.instances, self.with_empty = folder, instances, with_empty
+        self._choose()
+
+    def _choose(self) -> None:
+        objects = self.instances.objects
+        self.chosen = [i for i, rows in enumerate(objects) if self.with_empty or not all(row[3] for row in rows)]
+
+    def drop_bad_masks(self) -> list[str]:
+        problems = self.instances.without_bad_masks()
+        self._choose()
+        return problems
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def name(self, index: int) -> str:
+        return str(self.folder / self.instances.images[self.chosen[index]][1])
+
+    def shape(self, index: int) -> tuple[int, int]:
+        _, _, width, height = self.instances.images[self.chosen[index]]
+        return height, width
+
+    def load(self, index: int, epoch: int, masks: bool) -> tuple[torch.Tensor, dict[str, Any]]:
+        image, rows = pixels_of(open_image(self.name(index))), self.instances.objects[self.chosen[index]]
+        height, width = self.shape(index)
+        if image.shape[1:] != (height, width):
+            found = ' x '.join(map(str, image.shape[:0:-1]))
+            raise ValueError(f'the image is {found} pixels, its annotations are for {width} x {height}')
+        target = {
+            'boxes': torch.tensor([row[0] for row in rows], dtype=torch.float32).view(-1, 4),
+            'labels': torch.tensor([row[1] for row in rows], dtype=torch.long),
+            'area': torch.tensor([row[2] for row in rows], dtype=torch.float32),
+            'iscrowd': torch.tensor([row[3] for row in rows], dtype=torch.bool),
+            'image_id': self.instances.images[self.chosen[index]][0],
+        }
+        if masks:
+            drawn = [draw_mask(row[4], height, width) for row in rows]
+            target['masks'] = torch.from_numpy(np.stack(drawn) if drawn else np.zeros((0, height, width))).bool()
+        return image, target
+
+
+class DrawnObjects(DetectionData):
+    """Drawn scenes of up to eight shapes on textured ground: boxes and masks without a download.
+
+    Training draws new scenes in every epoch; validation and test scenes are the same in every run of one seed.
+
+    Args:
+        size: Height and width of the images in pixels.
+        most: Largest number of objects in an image.
+        train_images: Images of an epoch.
+        val_images: Images in validation.
+        test_images: Images in test.
+        seed: Of the scenes.
+        kwargs: See DetectionData.
+    """
+
+    def __init__(
+        self,
+        size: int = 96,
+        most: int = 5,
+        train_images: int = 2048,
+        val_images: int = 128,
+        test_images: int = 512,
+        seed: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if size < 32 or not 1 <= most <= _drawing.MOST or min(train_images, val_images, test_images) < 1:
+            raise ZooError(
+                f'data: size {size} must be 32 or more, most {most} within 1..{_drawing.MOST}, and train_images, '
+                'val_images and test_images positive'
+            )
+        self.size, self.most, self.seed = size, most, seed
+        self.counts = {'train': train_images, 'val': val_images, 'test': test_images}
+
+    def open_splits(self) -> None:
+        self.class_names = list(_drawing.CLASSES)
+        self.category_ids = list(range(1, len(self.class_names) + 1))
+        for number, (split, count) in enumerate(self.counts.items()):
+            self.splits[split] = _DrawnSplit(split, count, self.size, self.most, derive_seed(self.seed, number))
+
+
+class _DrawnSplit:
+    def __init__(self, split: str, count: int, size: int, most: int, seed: int) -> None:
+        self.split, self.count, self.size, self.most, self.seed = split, count, size, most, seed
+
+    def __len__(self) -> int:
+        return self.count
+
+    def name(self, index: int) -> str:
+        return f'drawn-{self.split}-{index}'
+
+    def shape(self, index: int) -> tuple[int, int]:
+        return self.size, self.size
+
+    def load(self, index: int, epoch: int, masks: bool) -> tuple[torch.Tensor, dict[str, Any]]:
+        number = index + (epoch * self.count if self.split == 'train' else 0)
+        scene = _drawing.draw_scene(self.seed, number, self.size, most=self.most)
+        target = {
+            'boxes': torch.from_numpy(scene.boxes),
+            'labels': torch.from_numpy(scene.labels) - 1,  # 0 is the ground
+            'area': torch.from_numpy(scene.masks.sum((1, 2)).astype(np.float32)),
+            'iscrowd': torch.zeros(len(scene.labels), dtype=torch.bool),
+            'image_id': index,
+        }
+        if masks:
+            target['masks'] = torch.from_numpy(scene.masks)
+        return torch.from_numpy(scene.image).permute(2, 0, 1).contiguous(), target
+
+
+class ImagesToSearch(DetectionData):
+    """Files to predict on, without annotations.
+
+    Args:
+        paths: Image files and folders.
+        class_names: Of the model.
+        category_ids: Of the model.
+        batch_size: Images per step.
+        masks: Whether the model finds masks.
+    """
+
+    def __init__(
+        self, paths: list[str], class_names: list[str], category_ids: list[int], batch_size: int, masks: bool
+    ) -> None:
+        super().__init__(batch_size, num_workers=0)
+        self.paths, self.class_names, self.category_ids, self.masks = paths, class_names, category_ids, masks
+
+    def open_splits(self) -> None:
+        self.splits = {'predict': _Files(list_files(self.paths))}
+
+
+class _Files:
+    def __init__(self, files: list[str]) -> None:
+        self.files = files
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def name(self, index: int) -> str:
+        return self.files[index]
+
+    def shape(self, index: int) -> tuple[int, int]:
+        with Image.open(self.files[index]) as image:
+            return image.height, image.width
+
+    def load(self, index: int, epoch: int, masks: bool) -> tuple[torch.Tensor, dict[str, Any]]:
+        return pixels_of(open_image(self.files[index])), {}
