@@ -21,7 +21,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.retinanet import RetinaNetHead
@@ -48,6 +48,8 @@ class Neck:
         norms: Whether every map of the backbone goes through a LayerNorm first.
         finer: Levels added below the finest map by transposed convolutions.
         extra: Whether to add coarser levels: two (RetinaNet), one (R-CNN), as many as make six (SSDLite).
+        group_norm: Whether the heads' convolutions have GroupNorms (arXiv 1803.08494), which training from nothing
+            profits from; an R-CNN's boxes are then judged by four convolutions and one layer of units.
         frozen: Maps, the finest first, whose parameters do not train.
         freeze_norms: Whether the backbone's BatchNorms keep statistics and parameters.
         grad_checkpointing: Whether the backbone's blocks are computed again in the backward pass.
@@ -59,6 +61,7 @@ class Neck:
     norms: bool = False
     finer: int = 0
     extra: bool = True
+    group_norm: bool = False
     frozen: int = 0
     freeze_norms: bool = False
     grad_checkpointing: bool = False
@@ -175,6 +178,10 @@ class SSDLevels(nn.Module):
         for block in self.extra:
             maps.append(block(maps[-1]))
         return OrderedDict((str(i), m) for i, m in enumerate(maps))
+
+
+def _group_norm(channels: int) -> nn.Module:
+    return nn.GroupNorm(max(channels // 8, 1), channels)
 
 
 def _norm(channels: int) -> nn.Module:
@@ -300,7 +307,9 @@ def _retinanet(
     levels = Levels(pyramid, neck.width, 2 if neck.extra else 0)
     scale = 4 if anchors.scale is None else anchors.scale
     boxes = LevelAnchors(levels.strides, scale, anchors.octaves or 3, anchors.ratios)
-    return RetinaNet(levels, num_classes, anchor_generator=boxes, **common)
+    norm = _group_norm if neck.group_norm else None
+    head = RetinaNetHead(neck.width, boxes.num_anchors_per_location()[0], num_classes, norm)
+    return RetinaNet(levels, num_classes, anchor_generator=boxes, head=head, **common)
 
 
 def _rcnn(
@@ -310,17 +319,19 @@ def _rcnn(
     levels = Levels(pyramid, width, 1 if neck.extra else 0)
     scale = 8 if anchors.scale is None else anchors.scale
     names = [str(i) for i in range(len(pyramid.strides))]
+    norm = _group_norm if neck.group_norm else None
+    judge = FastRCNNConvFCHead((width, 7, 7), [width] * 4, [hidden], norm) if norm else TwoMLPHead(width * 7**2, hidden)
     parts = dict(
         rpn_anchor_generator=LevelAnchors(levels.strides, scale, anchors.octaves or 1, anchors.ratios),
         box_roi_pool=MultiScaleRoIAlign(names, 7, 2),
-        box_head=TwoMLPHead(width * 7**2, hidden),
+        box_head=judge,
         box_predictor=FastRCNNPredictor(hidden, classes),
     )
     if not has_masks:
         return FasterRCNN(levels, **parts, **common)
     parts |= dict(
         mask_roi_pool=MultiScaleRoIAlign(names, 14, 2),
-        mask_head=MaskRCNNHeads(width, (width,) * 4, 1),
+        mask_head=MaskRCNNHeads(width, (width,) * 4, 1, norm),
         mask_predictor=MaskRCNNPredictor(width, width, classes),
     )
     return MaskRCNN(levels, **parts, **common)
