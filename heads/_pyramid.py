@@ -73,7 +73,7 @@ class Pyramid(nn.Module):
             maps begin at stride 16, and its detectors add two.
         width: Channels of a simple feature pyramid.
         frozen: Maps, the finest first, whose parameters do not train (a plain model has one: all of it).
-        freeze_norms: Whether BatchNorms keep their statistics and affine parameters everywhere.
+        freeze_norms: Whether BatchNorms keep their statistics everywhere; their weights train.
         grad_checkpointing: Whether blocks are computed again in the backward pass, where the model can.
 
     Raises:
@@ -124,9 +124,6 @@ class Pyramid(nn.Module):
         self._freeze_norms = freeze_norms
         if frozen:
             self._freeze(frozen, kwargs or {})
-        if freeze_norms:
-            for module in self._batch_norms():
-                module.requires_grad_(False)
         self.train(self.training)
 
     def forward(self, images: Tensor) -> list[Tensor]:

@@ -51,7 +51,7 @@ class Neck:
         group_norm: Whether the heads' convolutions have GroupNorms (arXiv 1803.08494), which training from nothing
             profits from; an R-CNN's boxes are then judged by four convolutions and one layer of units.
         frozen: Maps, the finest first, whose parameters do not train.
-        freeze_norms: Whether the backbone's BatchNorms keep statistics and parameters.
+        freeze_norms: Whether the backbone's BatchNorms keep their statistics.
         grad_checkpointing: Whether the backbone's blocks are computed again in the backward pass.
     """
 

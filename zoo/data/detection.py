@@ -242,7 +242,7 @@ class DetectionData(ResumableData):
         sampler = EpochSampler(len(source), run_seed(), False, *self._ranks())
         return DataLoader(
             KeyedObjects(source, self.masks),
-            self.batch_size,
+            batch_size=self.batch_size,
             sampler=sampler,
             collate_fn=collate_objects,
             **loader_options(self.num_workers),
@@ -372,7 +372,7 @@ class DrawnObjects(DetectionData):
     Training draws new scenes in every epoch; validation and test scenes are the same in every run of one seed.
 
     Args:
-        size: Height and width of the images in pixels.
+        size: Height and width of the images in pixels, at most 512.
         most: Largest number of objects in an image.
         train_images: Images of an epoch.
         val_images: Images in validation.
@@ -392,9 +392,9 @@ class DrawnObjects(DetectionData):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if size < 32 or not 1 <= most <= _drawing.MOST or min(train_images, val_images, test_images) < 1:
+        if not 32 <= size <= 512 or not 1 <= most <= _drawing.MOST or min(train_images, val_images, test_images) < 1:
             raise ZooError(
-                f'data: size {size} must be 32 or more, most {most} within 1..{_drawing.MOST}, and train_images, '
+                f'data: size {size} must be within 32..512, most {most} within 1..{_drawing.MOST}, and train_images, '
                 'val_images and test_images positive'
             )
         self.size, self.most, self.seed = size, most, seed
