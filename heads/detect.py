@@ -12,6 +12,8 @@ are steps of 4. Here they are fp32.
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -219,8 +221,7 @@ class Detector(nn.Module):
         options: Further arguments of torchvision's RetinaNet, FasterRCNN, MaskRCNN or SSD: thresholds and counts.
 
     Raises:
-        ValueError: The backbone is unknown or has no such maps.
-        TypeError: torchvision's detector does not take these options.
+        ValueError: The backbone is unknown or has no such maps, or the detector no such options.
     """
 
     def __init__(
@@ -237,6 +238,7 @@ class Detector(nn.Module):
         options: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        _check_options(kind, options or {})
         self.kind, self.resize = kind, resize
         self.has_masks = kind == 'mask_rcnn'
         self._first = 0 if kind == 'retinanet' else 1  # torchvision's label of the first class
@@ -299,6 +301,19 @@ class Detector(nn.Module):
             if self.has_masks:
                 detections['masks'] = detections['masks'][:, 0] > 0.5
         return found
+
+
+def _check_options(kind: Kind, options: dict[str, Any]) -> None:
+    """torchvision hands unknown arguments on to a transform that swallows them."""
+    build = {'retinanet': RetinaNet, 'faster_rcnn': FasterRCNN, 'mask_rcnn': MaskRCNN, 'ssdlite': SSD}[kind]
+    # what is a number or a list of numbers; the other arguments are parts, which are built here
+    known = [
+        name
+        for name in inspect.signature(build).parameters
+        if re.search(r'thresh|_n_|per_im|per_img|fraction|topk|weights', name)
+    ]
+    if unknown := sorted(set(options) - set(known)):
+        raise ValueError(f'{kind} has no options {", ".join(unknown)}; it has {", ".join(known)}')
 
 
 def _retinanet(
