@@ -16,7 +16,7 @@ from zoo.heads.detect import Detector, LevelAnchors, Neck, Resize
 import zoo
 from zoo.checkpoints import read_checkpoint
 from zoo.cli import main
-from zoo.data import BoxAugment, CocoObjects, DrawnObjects
+from zoo.data import BoxAugment, CocoObjects, DrawnObjects, HubObjects
 from zoo.tasks.detect import Detect, build_map
 
 ROOT = next(Path(base) / 'configs' for base in zoo.__path__ if (Path(base) / 'configs').is_dir())
@@ -204,6 +204,34 @@ def test_unusable_annotations(tmp_path, content, words):
         CocoObjects(str(folder)).setup()
 
 
+@pytest.mark.parametrize('box_format', ['xywh', 'xyxy'])
+def test_hub_objects(tmp_path, box_format):
+    """Boxes in either form, categories by name, bad boxes counted and named."""
+    datasets = pytest.importorskip('datasets')
+    objects = {
+        'bbox': datasets.Sequence(datasets.Sequence(datasets.Value('float32'))),
+        'area': [datasets.Value('float32')],
+    }
+    objects['category'] = datasets.Sequence(datasets.ClassLabel(names=['cat', 'dog']))
+    features = datasets.Features({'image': datasets.Image(), 'objects': objects})
+    boxes = (
+        [[4.0, 6.0, 22.0, 26.0], [9.0, 9.0, 9.0, 30.0]] if box_format == 'xyxy' else [[4.0, 6.0, 18.0, 20.0], [0.0] * 4]
+    )
+    row = {'bbox': boxes, 'area': [360.0, 1.0], 'category': [1, 0]}
+    for split in ('train', 'validation'):
+        rows = {'image': [Image.new('RGB', (48, 64))] * 2, 'objects': [row] * 2}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f'{split}.parquet')
+    cache = str(tmp_path / 'cache')
+    data = HubObjects(str(tmp_path), box_format=box_format, cache_dir=cache, batch_size=2, num_workers=0)
+    with pytest.warns(RuntimeWarning, match='train: 2 malformed entries left out\n  row 0, object 1: bbox'):
+        data.setup()
+    assert data.class_names == ['cat', 'dog'] and data.malformed == 4
+    target = next(iter(data.val_dataloader()))['target'][1]
+    assert target['boxes'].tolist() == [[4, 6, 22, 26]] and target['labels'].tolist() == [1]
+    assert target['area'].tolist() == [360] and target['image_id'] == 1
+    assert next(iter(data.train_dataloader()))['image'][0].shape[0] == 3
+
+
 def test_augmentations_keep_boxes_on_objects():
     """After crops, distortions and resizing a box still frames the visible part of its mask."""
     augment = BoxAugment(sizes=(160, 192), max_size=256, crop=True, iou_crop=True, photometric=True)
@@ -371,8 +399,12 @@ def two_steps(path, folder, tiny):
     return config, overrides
 
 
+# a 3x recipe is its 1x recipe with another schedule and another augmentation
+RECIPES = [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] * p.stem.endswith('_3x')) for p in CONFIGS]
+
+
 @pytest.mark.parametrize('tiny', [True, pytest.param(False, marks=pytest.mark.slow)], ids=['small', 'as it is'])
-@pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)
+@pytest.mark.parametrize('path', RECIPES)
 def test_config_takes_two_steps(path, tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     config, overrides = two_steps(path, tmp_path, tiny)

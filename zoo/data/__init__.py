@@ -8,6 +8,7 @@ from zoo.data.digits import Digits
 from zoo.data.folder import ImageFolder
 from zoo.data.framing import Framing
 from zoo.data.hub import HubImages
+from zoo.data.hub_objects import HubObjects
 from zoo.data.images import ImageList
 from zoo.data.latents import CachedLatents
 from zoo.data.questions import ImageQuestions
@@ -26,6 +27,7 @@ __all__ = [
     'DrawnObjects',
     'Framing',
     'HubImages',
+    'HubObjects',
     'ImageData',
     'ImageFolder',
     'ImageList',

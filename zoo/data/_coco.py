@@ -145,18 +145,35 @@ def _read_object(
         raise ValueError(f'no category has id {category!r}')
     number = places[image]
     _, _, width, height = images[number]
-    if not isinstance(box, list) or len(box) != 4 or not all(_is_number(v) for v in box):
-        raise ValueError(f'bbox is {box!r}, expected [x, y, width, height]')
-    x, y, w, h = box
-    if w <= 0 or h <= 0:
-        raise ValueError(f'bbox {box} is empty')
-    left, top, right, bottom = max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)
-    if left >= right or top >= bottom:
-        raise ValueError(f'bbox {box} is outside of its image of {width} x {height}')
+    left, top, right, bottom = clipped_box(box, width, height)
     area = entry.get('area')
     area = float(area) if _is_number(area) and area > 0 else float((right - left) * (bottom - top))
     row = ((left, top, right, bottom), labels[category], area, bool(entry.get('iscrowd')), entry.get('segmentation'))
     return number, row
+
+
+def clipped_box(box: Any, width: int, height: int, corners: bool = False) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom of a box within an image.
+
+    Args:
+        box: x, y, width and height, or with `corners` left, top, right and bottom.
+        width: of the image.
+        height: of the image.
+        corners: see box.
+
+    Raises:
+        ValueError: It is no box, or none of it is in the image.
+    """
+    if not isinstance(box, list) or len(box) != 4 or not all(_is_number(v) for v in box):
+        expected = '[left, top, right, bottom]' if corners else '[x, y, width, height]'
+        raise ValueError(f'bbox is {box!r}, expected {expected}')
+    x, y, x2, y2 = box if corners else (box[0], box[1], box[0] + box[2], box[1] + box[3])
+    if x2 <= x or y2 <= y:
+        raise ValueError(f'bbox {box} is empty')
+    left, top, right, bottom = max(x, 0), max(y, 0), min(x2, width), min(y2, height)
+    if left >= right or top >= bottom:
+        raise ValueError(f'bbox {box} is outside of its image of {width} x {height}')
+    return left, top, right, bottom
 
 
 def segmentation_problem(value: Any) -> str | None:

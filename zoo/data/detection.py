@@ -8,6 +8,7 @@ boxes fp32 (N, 4) as left, top, right, bottom in pixels, labels int64 (N,), and 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -188,7 +189,7 @@ class DetectionData(ResumableData):
         self.class_names: list[str] = []
         self.category_ids: list[int] = []  # what files call the classes
         self.splits: dict[str, ObjectSource] = {}
-        self.masks = False
+        self.masks, self.malformed = False, 0
         self._opened = False
 
     def open_splits(self) -> None:
@@ -198,6 +199,15 @@ class DetectionData(ResumableData):
     def use_masks(self) -> None:
         """Loads masks too from now on."""
         self.masks = True
+
+    def account(self, file: Path | str, problems: list[str]) -> None:
+        """Counts malformed entries and warns of them; an error in strict mode."""
+        if not problems:
+            return
+        if self.strict:
+            raise ZooError(f'{file}: {len(problems)} malformed entries (strict: true){few(problems)}')
+        self.malformed += len(problems)
+        warnings.warn(f'{file}: {len(problems)} malformed entries left out{few(problems)}', RuntimeWarning, 2)
 
     def setup(self, stage: str | None = None) -> None:
         if not self._opened:
@@ -280,7 +290,6 @@ class CocoObjects(DetectionData):
         super().__init__(**kwargs)
         self.path, self.annotations, self.keep_empty = Path(path).expanduser(), annotations, keep_empty
         self.folders = {'train': train, 'val': val, **({'test': test} if test else {})}
-        self.malformed = 0
 
     def open_splits(self) -> None:
         for split, name in self.folders.items():
@@ -291,41 +300,38 @@ class CocoObjects(DetectionData):
                     f'--data.{split}'
                 )
             found = read_instances(file)
-            self._account(file, found.problems)
+            self.account(file, found.problems)
             if not self.class_names:
                 self.class_names, self.category_ids, first = found.names, found.ids, file
             elif (found.names, found.ids) != (self.class_names, self.category_ids):
                 theirs, ours = {*zip(found.ids, found.names)}, {*zip(self.category_ids, self.class_names)}
                 raise ZooError(f'{file} has other categories than {first}:' + few(list(map(str, theirs ^ ours))))
-            self.splits[split] = _CocoSplit(folder, found, with_empty=split != 'train' or self.keep_empty)
+            found.images = [(number, str(folder / path), *size) for number, path, *size in found.images]
+            self.splits[split] = InstanceSplit(found, _open_entry, with_empty=split != 'train' or self.keep_empty)
             if not len(self.splits[split]):
                 raise ZooError(f'no image of {file} has a usable annotation')
 
     def use_masks(self) -> None:
         super().use_masks()
         for source in self.splits.values():
-            self._account(source.instances.file, source.drop_bad_masks())
-
-    def _account(self, file: Path, problems: list[str]) -> None:
-        if not problems:
-            return
-        if self.strict:
-            raise ZooError(f'{file}: {len(problems)} malformed entries (strict: true){few(problems)}')
-        self.malformed += len(problems)
-        warnings.warn(f'{file}: {len(problems)} malformed entries left out{few(problems)}', RuntimeWarning, 2)
+            self.account(source.instances.file, source.drop_bad_masks())
 
 
-class _CocoSplit:
-    """One split: its annotations and the folder of its images.
+def _open_entry(entry: tuple[int, str, int, int]) -> Image.Image:
+    return open_image(entry[1])
+
+
+class InstanceSplit:
+    """One split: its annotations, and how its images are opened.
 
     Args:
-        folder: of the images.
         instances: the annotations.
+        opener: decodes the image of an entry of instances.images.
         with_empty: whether images without an object that trains belong to it.
     """
 
-    def __init__(self, folder: Path, instances: Instances, with_empty: bool) -> None:
-        self.folder, self.instances, self.with_empty = folder, instances, with_empty
+    def __init__(self, instances: Instances, opener: Callable[[tuple], Image.Image], with_empty: bool) -> None:
+        self.instances, self.opener, self.with_empty = instances, opener, with_empty
         self._choose()
 
     def _choose(self) -> None:
@@ -341,14 +347,15 @@ class _CocoSplit:
         return len(self.chosen)
 
     def name(self, index: int) -> str:
-        return str(self.folder / self.instances.images[self.chosen[index]][1])
+        return self.instances.images[self.chosen[index]][1]
 
     def shape(self, index: int) -> tuple[int, int]:
         _, _, width, height = self.instances.images[self.chosen[index]]
         return height, width
 
     def load(self, index: int, epoch: int, masks: bool) -> tuple[torch.Tensor, dict[str, Any]]:
-        image, rows = pixels_of(open_image(self.name(index))), self.instances.objects[self.chosen[index]]
+        entry, rows = self.instances.images[self.chosen[index]], self.instances.objects[self.chosen[index]]
+        image = pixels_of(self.opener(entry))
         height, width = self.shape(index)
         if image.shape[1:] != (height, width):
             found = ' x '.join(map(str, image.shape[:0:-1]))
@@ -358,7 +365,7 @@ class _CocoSplit:
             'labels': torch.tensor([row[1] for row in rows], dtype=torch.long),
             'area': torch.tensor([row[2] for row in rows], dtype=torch.float32),
             'iscrowd': torch.tensor([row[3] for row in rows], dtype=torch.bool),
-            'image_id': self.instances.images[self.chosen[index]][0],
+            'image_id': entry[0],
         }
         if masks:
             drawn = [draw_mask(row[4], height, width) for row in rows]
