@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Trainer
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -181,7 +182,7 @@ def test_unreadable_images_are_counted_and_named(tmp_path):
     data = CocoObjects(str(folder), num_workers=0)
     data.setup()
     failures = [f for batch in data.val_dataloader() for f in batch['failures']]
-    assert [Path(name).stem for name, _ in failures] == [f'{1:012d}', f'{2:012d}']
+    assert [name for name, _ in failures] == [str(folder / 'val2017' / f'{n:012d}.png') for n in (1, 2)]
     assert 'the image is 10 x 10 pixels, its annotations are for 64 x 48' in failures[1][1]
 
 
@@ -208,15 +209,11 @@ def test_unusable_annotations(tmp_path, content, words):
 def test_hub_objects(tmp_path, box_format):
     """Boxes in either form, categories by name, bad boxes counted and named."""
     datasets = pytest.importorskip('datasets')
-    objects = {
-        'bbox': datasets.Sequence(datasets.Sequence(datasets.Value('float32'))),
-        'area': [datasets.Value('float32')],
-    }
-    objects['category'] = datasets.Sequence(datasets.ClassLabel(names=['cat', 'dog']))
+    number, kind = datasets.Value('float32'), datasets.ClassLabel(names=['cat', 'dog'])
+    objects = {name: datasets.Sequence(part) for name, part in (('area', number), ('category', kind))}
+    objects['bbox'] = datasets.Sequence(datasets.Sequence(number))
     features = datasets.Features({'image': datasets.Image(), 'objects': objects})
-    boxes = (
-        [[4.0, 6.0, 22.0, 26.0], [9.0, 9.0, 9.0, 30.0]] if box_format == 'xyxy' else [[4.0, 6.0, 18.0, 20.0], [0.0] * 4]
-    )
+    boxes = {'xyxy': [[4.0, 6, 22, 26], [9.0, 9, 9, 30]], 'xywh': [[4.0, 6, 18, 20], [0.0] * 4]}[box_format]
     row = {'bbox': boxes, 'area': [360.0, 1.0], 'category': [1, 0]}
     for split in ('train', 'validation'):
         rows = {'image': [Image.new('RGB', (48, 64))] * 2, 'objects': [row] * 2}
@@ -367,6 +364,18 @@ def test_mistakes_fit_on_a_screen(here, arguments, words, capsys):
     assert main(['fit', f'--config={config}', *TINY, *arguments]) in (1, 2)
     error = capsys.readouterr().err
     assert words in error and len(error.splitlines()) < 20
+
+
+def test_divergence_is_named(tmp_path):
+    model = Detect('test_ravlt', 6, neck=Neck(width=16), resize=Resize(64, 64))
+    data = DrawnObjects(size=64, batch_size=2, num_workers=0, augment=BoxAugment(sizes=(64,)))
+    model.net.model.head.regression_head.bbox_reg.bias.data.fill_(float('nan'))
+    trainer = Trainer(
+        max_steps=1, accelerator='cpu', logger=False, enable_checkpointing=False, default_root_dir=tmp_path
+    )
+    with pytest.raises(zoo.errors.RunError, match='bbox_regression is not finite at step 0') as caught:
+        trainer.fit(model, datamodule=data)
+    assert 'parameter model.head.regression_head.bbox_reg.bias' in str(caught.value)
 
 
 def test_missing_pycocotools(monkeypatch):
