@@ -10,6 +10,7 @@ from zoo.data.hub import HubImages
 from zoo.data.images import ImageList
 from zoo.data.latents import CachedLatents
 from zoo.data.questions import ImageQuestions
+from zoo.data.segmentation import Cityscapes, DrawnMasks, HubMasks, MaskAugment, MaskFolder, MaskView
 from zoo.data.shapes import Shapes
 from zoo.data.shards import TarShards
 from zoo.data.transforms import Augment, View
@@ -18,14 +19,20 @@ __all__ = [
     'Augment',
     'CachedLatents',
     'CaptionedImages',
+    'Cityscapes',
     'Conversations',
     'Digits',
+    'DrawnMasks',
     'Framing',
     'HubImages',
+    'HubMasks',
     'ImageData',
     'ImageFolder',
     'ImageList',
     'ImageQuestions',
+    'MaskAugment',
+    'MaskFolder',
+    'MaskView',
     'Shapes',
     'TarShards',
     'View',
