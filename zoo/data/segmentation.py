@@ -1,7 +1,7 @@
 """Images with a class for every pixel: folders as ADE20K's, Cityscapes, Hugging Face data sets, and drawn scenes.
 
-Masks hold class numbers; 255 is ignored by loss and metrics. A mask that is missing, of another size than its image, not
-of class numbers, or with numbers that are no class is a failure like an unreadable image: named, counted, skipped.
+Masks hold class numbers; 255 is ignored by loss and metrics. A mask that is missing, of another size than its image,
+not of class numbers, or with numbers that are no class is a failure like an unreadable image: named, counted, skipped.
 """
 
 from __future__ import annotations
