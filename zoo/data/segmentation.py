@@ -178,7 +178,7 @@ def read_mask(mask: Image.Image, image: Image.Image, classes: int, table: np.nda
         raise ValueError(f'the mask has {mask.width} x {mask.height} pixels, the image {image.width} x {image.height}')
     if mask.mode not in ('L', 'P', '1', 'I', 'I;16'):
         raise ValueError(f'the mask has the mode {mask.mode}: expected one channel of class numbers')
-    numbers = np.asarray(mask)
+    numbers = np.array(mask)
     if numbers.dtype != np.uint8:
         if numbers.min() < 0 or numbers.max() > 255:
             raise ValueError(f'the mask holds numbers from {numbers.min()} to {numbers.max()}: no more than 255 can be')

@@ -34,7 +34,7 @@ def palette(classes: int) -> np.ndarray:
     return colours
 
 
-def overlay(image: Image.Image, mask: np.ndarray, colours: np.ndarray, strength: float = 0.55) -> Image.Image:
+def overlay(image: Image.Image, mask: np.ndarray, colours: np.ndarray, strength: float = 0.7) -> Image.Image:
     """An image with its mask (uint8, of any size) in colours; borders of regions are white, ignored pixels dark."""
     image = image.convert('RGB')
     if image.size != mask.shape[::-1]:
