@@ -201,8 +201,8 @@ class Segmentor(nn.Module):
         head: SemanticFPNHead or UPerHead over them.
         auxiliary: FCNHead over one of them.
         level: Which one.
-        backbone_lr: Whether learning rates fall by one step between head and backbone, rather than with every layer of
-            the backbone, when an optimizer asks for layers.
+        backbone_lr: Whether learning rates fall by one step from the heads to backbone and feature pyramid, rather than
+            with every layer of the backbone, when an optimizer asks for layers.
     """
 
     def __init__(
@@ -232,7 +232,7 @@ class Segmentor(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict:
         """timm's grouping of parameters by depth; heads come last."""
         if self.backbone_lr:
-            return {'backbone': r'^pyramid\.backbone\.'}
+            return {'backbone': r'^pyramid\.|^head\.fpn\.'}
         inner = getattr(self.pyramid.backbone, 'model', None)
         if inner is not None and hasattr(inner, 'group_matcher'):
             groups = inner.group_matcher(coarse=coarse)
