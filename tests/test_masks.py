@@ -10,7 +10,7 @@ from PIL import Image
 
 from zoo.data import Cityscapes, DrawnMasks, HubMasks, MaskAugment, MaskFolder, MaskView
 from zoo.data._mask_transforms import EvalMasks, TrainMasks, distort
-from zoo.data.segmentation import shift_table
+from zoo.data.segmentation import label_table
 from zoo.errors import ZooError
 
 VIEW = MaskView(crop=(32, 48), short=64)
@@ -88,9 +88,12 @@ def test_distortion_changes_colours_only():
         assert (pixels == pixels[..., :1]).all()
 
 
-def test_shift_table():
-    table = shift_table(True)
-    assert table[[0, 1, 150, 255]].tolist() == [255, 0, 149, 255] and shift_table(False) is None
+def test_numbers_of_files():
+    assert label_table(True)[[0, 1, 150, 255]].tolist() == [255, 0, 149, 255] and label_table(False) is None
+    assert label_table(False, {7: 0, 9: 1})[[0, 7, 8, 9]].tolist() == [255, 0, 255, 1]
+    for reduce_zero_label, labels in ((True, {7: 0}), (False, {256: 0}), (False, {0: -1})):
+        with pytest.raises(ZooError, match='data.labels'):
+            label_table(reduce_zero_label, labels)
 
 
 # layouts

@@ -14,6 +14,7 @@ from torchmetrics.classification import MulticlassJaccardIndex
 from zoo.heads.segment import load_published
 
 import zoo
+from zoo.checkpoints import load_net
 from zoo.cli import main
 from zoo.errors import ZooError
 from zoo.tasks import Segment
@@ -169,6 +170,10 @@ def test_published_files_that_do_not_fit(tmp_path):
         load_published(small('test_ravlt'), published(small('test_ravlt', norms=True)))
     with pytest.raises(ZooError, match='cannot load model.published .*none.pth'):
         Segment('test_ravlt', 5, published=str(tmp_path / 'none.pth'))
+    torch.save(published(source := small('test_ravlt', norms=True)), tmp_path / 'good.pth')
+    head = SegmentHead(auxiliary=Auxiliary(channels=8, level=1), **SMALL)
+    loaded = Segment('test_ravlt', 5, published=str(tmp_path / 'good.pth'), maps=Maps(norms=True), head=head)
+    assert loaded.net.state_dict().keys() == source.state_dict().keys()
     torch.save(file, tmp_path / 'file.pth')
     with pytest.raises(ZooError, match='model.published .*these weights do not fit'):
         Segment('test_ravlt', 5, published=str(tmp_path / 'file.pth'))
@@ -366,6 +371,8 @@ def test_test_validate_and_predict(fitted, tmp_path, monkeypatch, capsys):
     with open('out/predictions.csv', newline='') as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 3 and sum(bool(r['error']) for r in rows) == 1
+    with pytest.raises(ZooError, match='of the task Segment, not a classifier'):
+        load_net(lone)
     module = Segment.load_from_checkpoint(lone, weights_only=True).eval()
     assert module(torch.randn(1, 3, 32, 32)).shape == (1, 7, 8, 8)
 

@@ -192,8 +192,19 @@ def read_mask(mask: Image.Image, image: Image.Image, classes: int, table: np.nda
     return numbers
 
 
-def shift_table(reduce_zero_label: bool) -> np.ndarray | None:
-    """Where 0 is nothing and 1 is the first class: 0 becomes 255, every other number loses 1; 255 stays."""
+def label_table(reduce_zero_label: bool, labels: dict[int, int] | None = None) -> np.ndarray | None:
+    """uint8 (256,), class of every number in the files; None where they are the classes.
+
+    Args:
+        reduce_zero_label: Whether 0 is nothing and 1 the first class: 0 becomes 255, other numbers lose 1, 255 stays.
+        labels: Class of each number; what is not named is ignored.
+    """
+    if labels is not None:
+        if reduce_zero_label or not all(0 <= v < 256 for pair in labels.items() for v in pair):
+            raise ZooError('data.labels takes numbers from 0 to 255 and excludes data.reduce_zero_label')
+        table = np.full(256, IGNORE, np.uint8)
+        table[list(labels)] = list(labels.values())
+        return table
     if not reduce_zero_label:
         return None
     table = np.arange(-1, 255)
@@ -281,6 +292,7 @@ class MaskFolder(MaskData):
         val: Of the validation split.
         test: Of the test split, if any.
         reduce_zero_label: Whether 0 in the files is no class and is ignored, so that 1 is the first class.
+        labels: Class of every number in the files, for files with other numbers; what is not named is ignored.
         num_classes: Number of classes; by default that of class_names, or of objectInfo150.txt.
         class_names: Their names.
         val_fraction: Share of the training images held out where there is no validation folder.
@@ -296,13 +308,15 @@ class MaskFolder(MaskData):
         val: str = 'validation',
         test: str | None = None,
         reduce_zero_label: bool = True,
+        labels: dict[int, int] | None = None,
         num_classes: int | None = None,
         class_names: list[str] | None = None,
         val_fraction: float = 0.1,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.path, self.reduce_zero_label, self.val_fraction = Path(path).expanduser(), reduce_zero_label, val_fraction
+        self.path, self.val_fraction = Path(path).expanduser(), val_fraction
+        self.table = label_table(reduce_zero_label, labels)
         self.images, self.masks = self.path / images, self.path / masks
         self.folders = {'train': train, 'val': val, 'test': test}
         self._given = class_names, num_classes
@@ -317,7 +331,7 @@ class MaskFolder(MaskData):
         present = {s: name for s, name in self.folders.items() if name and (self.images / name).is_dir()}
         for split, name in (present or {'train': '.'}).items():
             pairs = list_pairs(self.images / name, self.masks / name, '', lambda f: f'{os.path.splitext(f)[0]}.png')
-            self.splits[split] = PairSource(pairs, self.num_classes, shift_table(self.reduce_zero_label))
+            self.splits[split] = PairSource(pairs, self.num_classes, self.table)
         _hold_out(self.splits, self.val_fraction)
 
 
@@ -360,15 +374,8 @@ class Cityscapes(MaskData):
             made = any(masks.glob('*/*_gtFine_labelTrainIds.png'))
             kind = 'labelTrainIds' if made else 'labelIds'
             pairs = list_pairs(images, masks, '_leftimg8bit.png', lambda f, kind=kind: f'{f[:-16]}_gtFine_{kind}.png')
-            self.splits[split] = PairSource(pairs, self.num_classes, None if made else city_table())
-
-
-def city_table() -> np.ndarray:
-    """uint8 (256,), the class of every number in *_labelIds.png."""
-    table = np.full(256, IGNORE, np.uint8)
-    for number, (_, label) in enumerate(CITYSCAPES):
-        table[label] = number
-    return table
+            table = None if made else label_table(False, {label: n for n, (_, label) in enumerate(CITYSCAPES)})
+            self.splits[split] = PairSource(pairs, self.num_classes, table)
 
 
 class _MaskRows:
@@ -406,6 +413,7 @@ class HubMasks(MaskData):
         image_column: The first of two image columns where not given.
         mask_column: The second of two image columns where not given.
         reduce_zero_label: Whether 0 in the masks is no class and is ignored, so that 1 is the first class.
+        labels: Class of every number in the masks, for masks with other numbers; what is not named is ignored.
         val_fraction: Share of the training images held out where there is no validation split.
         cache_dir: Where downloads are kept; the default is Hugging Face's.
         kwargs: See MaskData.
@@ -423,6 +431,7 @@ class HubMasks(MaskData):
         image_column: str | None = None,
         mask_column: str | None = None,
         reduce_zero_label: bool = False,
+        labels: dict[int, int] | None = None,
         val_fraction: float = 0.1,
         cache_dir: str | None = None,
         **kwargs: Any,
@@ -430,7 +439,7 @@ class HubMasks(MaskData):
         super().__init__(**kwargs)
         self.path, self.name, self.cache_dir, self.val_fraction = path, name, cache_dir, val_fraction
         self.split_names = {'train': train, 'val': val, 'test': test}
-        self.columns, self.reduce_zero_label = (image_column, mask_column), reduce_zero_label
+        self.columns, self.table = (image_column, mask_column), label_table(reduce_zero_label, labels)
         self.class_names = _class_names(class_names, num_classes, None, f'{path} does not say which classes there are')
 
     def open_splits(self) -> None:
@@ -444,8 +453,7 @@ class HubMasks(MaskData):
             for column in columns:
                 rows = rows.cast_column(column, undecoded())
             title = f'{self.path} {self.split_names[split]}'
-            table = shift_table(self.reduce_zero_label)
-            self.splits[split] = _MaskRows(rows, columns, self.num_classes, table, title)
+            self.splits[split] = _MaskRows(rows, columns, self.num_classes, self.table, title)
         _hold_out(self.splits, self.val_fraction)
 
     def _columns(self, features: Any) -> tuple[str, str]:

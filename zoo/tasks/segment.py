@@ -142,7 +142,7 @@ class Segment(FittingModule):
             self.optim = replace(self.optim, layer_decay=backbone_lr)
         self.net_name, self.num_classes = net, num_classes
         maps = as_dataclass(Maps, maps)
-        self.net = build_segmentor(net, num_classes, maps, self.head, net_kwargs or {}, pretrained)
+        self.net = build_segmentor(net, num_classes, maps, self.head, net_kwargs or {}, pretrained and not published)
         self.net.backbone_lr = backbone_lr is not None
         if published:
             read_published(published, self.net)
