@@ -18,8 +18,6 @@ from torch import Tensor, nn
 
 __all__ = ['Pyramid', 'SimplePyramid']
 
-_FINEST = 4  # maps of a smaller stride exist in some timm models; no detector or segmentation head reads them
-
 
 class SimplePyramid(nn.Module):
     """One map of stride s to maps of strides s/4, s/2, s and 2s, all `width` channels.
@@ -27,9 +25,10 @@ class SimplePyramid(nn.Module):
     Args:
         channels: of the map.
         width: of every level.
+        skip: levels left out, the finest first.
     """
 
-    def __init__(self, channels: int, width: int = 256) -> None:
+    def __init__(self, channels: int, width: int = 256, skip: int = 0) -> None:
         super().__init__()
         half, quarter = channels // 2, channels // 4
         double = nn.ConvTranspose2d(channels, half, 2, 2)
@@ -40,10 +39,10 @@ class SimplePyramid(nn.Module):
             (nn.Identity(), channels),
             (nn.MaxPool2d(2, ceil_mode=True), channels),
         ]
-        self.levels = nn.ModuleList(nn.Sequential(layer, *_to_width(dim, width)) for layer, dim in resize)
+        self.levels = nn.ModuleList(nn.Sequential(layer, *_to_width(dim, width)) for layer, dim in resize[skip:])
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """(B, channels, h, w) to four maps (B, width, ...), the finest first."""
+        """(B, channels, h, w) to maps (B, width, ...), the finest first."""
         return [level(x) for level in self.levels]
 
 
@@ -66,14 +65,15 @@ class Pyramid(nn.Module):
         name: Name in timm's registry, which holds the zoo's models too; timm's `hf-hub:` and `local-dir:` work.
         kwargs: Further arguments of timm.create_model, such as drop_path_rate, img_size or dynamic_img_size.
         pretrained: Whether to start from published weights.
-        out_indices: Which of the model's maps; all from stride 4 on by default, the last one of a plain model.
+        out_indices: Which of the model's maps; all from stride `least` on by default, the last one of a plain model.
+        least: Smallest stride of the maps wanted.
         norms: Whether every map of a model with stages goes through a LayerNorm over its channels, as Swin's and
             RAVLT's detectors do.
         finer: Levels to add below the finest map, each a transposed convolution of the level above it: MobileMamba's
             maps begin at stride 16, and its detectors add two.
         width: Channels of a simple feature pyramid.
         frozen: Maps, the finest first, whose parameters do not train (a plain model has one: all of it).
-        freeze_norms: Whether BatchNorms keep their statistics and affine parameters everywhere.
+        freeze_norms: Whether BatchNorms keep their statistics everywhere; their weights train.
         grad_checkpointing: Whether blocks are computed again in the backward pass, where the model can.
 
     Raises:
@@ -87,6 +87,7 @@ class Pyramid(nn.Module):
         kwargs: dict[str, Any] | None = None,
         pretrained: bool = False,
         out_indices: Sequence[int] | None = None,
+        least: int = 4,
         norms: bool = False,
         finer: int = 0,
         width: int = 256,
@@ -99,18 +100,19 @@ class Pyramid(nn.Module):
         self.backbone = _create(name, pretrained, out_indices, kwargs or {})
         channels, strides = self.backbone.feature_info.channels(), self.backbone.feature_info.reduction()
         self.simple = len(strides) == 1 or min(strides) == max(strides)
-        least = _FINEST if out_indices is None else 0
-        self._take = [i for i, stride in enumerate(strides) if stride >= least][-1 if self.simple else None :]
+        lower = 0 if self.simple or out_indices is not None else least
+        self._take = [i for i, stride in enumerate(strides) if stride >= lower][-1 if self.simple else None :]
         if not self._take:
-            raise ValueError(f'{name} has no map of stride {_FINEST} or more; its strides are {strides}')
+            raise ValueError(f'{name} has no map of stride {least} or more; its strides are {strides}')
         channels, strides = ([values[i] for i in self._take] for values in (channels, strides))
         self.norms = nn.ModuleList(map(LayerNorm2d, channels)) if norms and not self.simple else None
         if self.simple:
             stride = strides[0]
-            if stride % _FINEST:
+            if stride % 4:
                 raise ValueError(f'{name} has maps of stride {stride}: a simple feature pyramid needs a multiple of 4')
-            self.top = SimplePyramid(channels[0], width)
-            channels, strides = [width] * 4, [stride // 4, stride // 2, stride, stride * 2]
+            strides = [s for s in (stride // 4, stride // 2, stride, stride * 2) if s >= least]
+            self.top = SimplePyramid(channels[0], width, skip=4 - len(strides))
+            channels = [width] * len(strides)
         self.finer = nn.ModuleList(nn.ConvTranspose2d(channels[0], channels[0], 2, 2) for _ in range(finer))
         self.channels: list[int] = [channels[0]] * finer + channels
         self.strides: list[int] = [strides[0] // 2**i for i in range(finer, 0, -1)] + strides
@@ -122,9 +124,6 @@ class Pyramid(nn.Module):
         self._freeze_norms = freeze_norms
         if frozen:
             self._freeze(frozen, kwargs or {})
-        if freeze_norms:
-            for module in self._batch_norms():
-                module.requires_grad_(False)
         self.train(self.training)
 
     def forward(self, images: Tensor) -> list[Tensor]:

@@ -32,7 +32,7 @@ from zoo.report import PredictionWriter, plot_curves
 from zoo.tasks.progress import EpochLine, LearningRate, MetricsCSV, Throughput
 
 CHECKPOINTS, CONFIG = 'checkpoints', 'config.yaml'
-_IMAGE_TASKS = ('Classify', 'Segment')  # what a lone checkpoint can name as `zoo.task`
+_IMAGE_TASKS = ('Classify', 'Detect', 'Segment')  # what a lone checkpoint can name as `zoo.task`
 _NOISE = (
     '.*does not have many workers.*',
     '.*in eval mode at the start of training.*',

@@ -3,6 +3,7 @@
 from zoo.data.base import ImageData
 from zoo.data.captions import CaptionedImages
 from zoo.data.conversations import Conversations
+from zoo.data.detection import BoxAugment, CocoObjects, DrawnObjects
 from zoo.data.digits import Digits
 from zoo.data.folder import ImageFolder
 from zoo.data.framing import Framing
@@ -17,12 +18,15 @@ from zoo.data.transforms import Augment, View
 
 __all__ = [
     'Augment',
+    'BoxAugment',
     'CachedLatents',
     'CaptionedImages',
     'Cityscapes',
+    'CocoObjects',
     'Conversations',
     'Digits',
     'DrawnMasks',
+    'DrawnObjects',
     'Framing',
     'HubImages',
     'HubMasks',

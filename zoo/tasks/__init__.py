@@ -3,6 +3,7 @@
 from typing import Any
 
 from zoo.tasks.classify import Classify
+from zoo.tasks.detect import Detect
 from zoo.tasks.distill import Distill
 from zoo.tasks.distill_vlm import DistillVLM
 from zoo.tasks.optim import Optim, Schedule
@@ -11,6 +12,7 @@ from zoo.tasks.vlm import FinetuneVLM, Lora
 
 __all__ = [
     'Classify',
+    'Detect',
     'Distill',
     'DistillUNet',
     'DistillVLM',
