@@ -238,6 +238,8 @@ class Segment(FittingModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         self._report(batch)
+        if not batch['name']:
+            raise ZooError('none of the images and masks of a batch could be read: see the warnings above')
         images, masks = self._layout(batch['image']), batch['mask'].long()
         auxiliary = self.head.auxiliary
         outputs = self._train_net(images, auxiliary is not None)
