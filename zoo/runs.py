@@ -324,14 +324,15 @@ class ZooCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         init = config.model.get('init_args') if config.get('model') else None
-        pretrained = init.get('pretrained') if init else None
-        if pretrained and self.checkpoint:
-            init['pretrained'] = False  # the checkpoint brings the weights
+        # the checkpoint brings the weights
+        unneeded = {k: init[k] for k in ('pretrained', 'published') if init and init.get(k) and self.checkpoint}
+        if unneeded:
+            init.update({k: False if k == 'pretrained' else None for k in unneeded})
         if self.subcommand == 'predict':
             config.data = None
         super().instantiate_classes()
-        if pretrained and self.checkpoint:
-            init['pretrained'] = pretrained
+        if unneeded:
+            init.update(unneeded)
         if self.subcommand in ('fit', 'validate', 'test') and self.datamodule is None:
             raise ZooError('no data: give a config with a data section, or --data zoo.data.ImageFolder --data.path ...')
 

@@ -12,6 +12,7 @@ from zoo.data.hub_objects import HubObjects
 from zoo.data.images import ImageList
 from zoo.data.latents import CachedLatents
 from zoo.data.questions import ImageQuestions
+from zoo.data.segmentation import Cityscapes, DrawnMasks, HubMasks, MaskAugment, MaskFolder, MaskView
 from zoo.data.shapes import Shapes
 from zoo.data.shards import TarShards
 from zoo.data.transforms import Augment, View
@@ -21,17 +22,23 @@ __all__ = [
     'BoxAugment',
     'CachedLatents',
     'CaptionedImages',
+    'Cityscapes',
     'CocoObjects',
     'Conversations',
     'Digits',
+    'DrawnMasks',
     'DrawnObjects',
     'Framing',
     'HubImages',
+    'HubMasks',
     'HubObjects',
     'ImageData',
     'ImageFolder',
     'ImageList',
     'ImageQuestions',
+    'MaskAugment',
+    'MaskFolder',
+    'MaskView',
     'Shapes',
     'TarShards',
     'View',
