@@ -341,3 +341,22 @@ def test_unet_without_memory(tmp_path, monkeypatch):
 def test_unet_mistakes(tmp_path, argv, words):
     with pytest.raises(ZooError, match=words):
         bench(tmp_path, 'unet', '--quick', *argv)
+
+
+def test_detect(tmp_path):
+    argv = ['detect', '--device=cpu', '--models=test_ravlt', '--peers=no_such_net,test_mobilemamba']
+    small = ['--img-size=64', '--batch-size', '2', '--width=16', '--objects=2', '--warmup=0', '--repeats=1']
+    small += [f'--output={tmp_path}/d.json', f'--plot={tmp_path}/d.png']
+    with pytest.raises(ZooError, match='unknown model'):
+        cli_bench([*argv, *small])
+    argv[-1] = '--peers=test_vig'
+    assert cli_bench([*argv, *small, '--freeze-norms=test_ravlt']) == 0
+    result = json.loads((tmp_path / 'd.json').read_text())
+    assert [row['model'] for row in result['results']] == ['test_ravlt', 'test_vig'] and result['complete']
+    for row in result['results']:
+        assert row['images_per_s'] == pytest.approx(2e3 / row['median_ms'], rel=0.01)
+        assert row['parameters'] > row['backbone_parameters'] > 0
+    assert [row['frozen_norms'] for row in result['results']] == [True, False]
+    assert (tmp_path / 'd.png').stat().st_size > 5000
+    assert cli_bench([*argv, *small, '--model-seconds=0.01']) == 0
+    assert 'TimeoutError' in json.loads((tmp_path / 'd.json').read_text())['results'][0]['error']

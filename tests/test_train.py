@@ -300,6 +300,14 @@ def test_cosine_with_warmup():
     assert hidden[50] == pytest.approx((1 + 0.01) / 2)
 
 
+def test_milestones_after_a_warmup_in_steps():
+    rates = schedule_of(
+        40, 10, name='multistep', milestones=(2, 3), warmup_steps=5, warmup_lr=0.0, warmup_prefix=False, decay_rate=0.1
+    )
+    assert rates[:7] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1, 1])
+    assert rates[19] == 1 and rates[20] == rates[29] == pytest.approx(0.1) and rates[30] == pytest.approx(0.01)
+
+
 @pytest.mark.parametrize('name', ['cosine', 'step', 'poly', 'wsd', 'constant'])
 def test_schedules_scale_with_the_batch(name):
     once = schedule_of(50, 5, 1.0, name=name, warmup_epochs=1, warmup_lr=0.1, min_lr=0.01, decay_epochs=2)

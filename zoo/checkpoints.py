@@ -82,6 +82,10 @@ def load_net(path: str | os.PathLike, ema: bool = True) -> tuple[torch.nn.Module
     hparams = checkpoint.get('hyper_parameters') or {}
     if 'net' not in hparams:
         raise ZooError(f'{path} does not say which network it holds: not written by zoo fit')
+    if (task := (checkpoint.get('zoo') or {}).get('task', 'Classify')) != 'Classify':
+        raise ZooError(
+            f'{path} is of the task {task}, not a classifier: zoo.tasks.{task}.load_from_checkpoint reads it'
+        )
     net = timm.create_model(hparams['net'], num_classes=hparams['num_classes'], **(hparams['net_kwargs'] or {}))
     state = checkpoint['state_dict']
     prefix = 'ema.module.' if ema and any(k.startswith('ema.module.') for k in state) else 'net.'

@@ -43,7 +43,9 @@ def read_metrics(path: str | Path) -> dict[str, tuple[list[float], list[float]]]
     return series
 
 
-def plot_curves(metrics: str | Path, target: str | Path, title: str, accuracies: dict[str, str]) -> None:
+def plot_curves(
+    metrics: str | Path, target: str | Path, title: str, accuracies: dict[str, str], loss_name: str = 'cross-entropy'
+) -> None:
     """Draws loss and accuracy over optimizer steps from a metrics.csv.
 
     Args:
@@ -51,6 +53,7 @@ def plot_curves(metrics: str | Path, target: str | Path, title: str, accuracies:
         target: The picture.
         title: Of the right half.
         accuracies: Metric to label, for the right half.
+        loss_name: What the left half's axis is of.
     """
     series = read_metrics(metrics)
     figure, axes = _figure(10, 4, 1, 2)
@@ -64,7 +67,7 @@ def plot_curves(metrics: str | Path, target: str | Path, title: str, accuracies:
         if key in series:
             steps, values = series[key]
             accuracy.plot(steps, [100 * v for v in values], label=label, color=color, marker='.', markersize=3)
-    loss.set(title='Loss', xlabel='optimizer step', ylabel='cross-entropy', ylim=(0, None))
+    loss.set(title='Loss', xlabel='optimizer step', ylabel=loss_name, ylim=(0, None))
     accuracy.set(title=title, xlabel='optimizer step', ylabel='%')
     for axis in (loss, accuracy):
         axis.grid(alpha=0.3)
@@ -200,6 +203,8 @@ class TestReport(Callback):
 class PredictionWriter(Callback):
     """Writes predictions.csv, one row per image, and contact_sheet.png.
 
+    Another writer of predictions has, as this one, `count`, `unreadable`, `files` and `names_them`.
+
     Args:
         folder: Where to write.
         class_names: Classes of the network; numbers where unknown.
@@ -207,10 +212,18 @@ class PredictionWriter(Callback):
         most: Images on the contact sheet.
     """
 
+    files = ('predictions.csv', 'contact_sheet.png')
+    names_them = 'named in the table'
+
     def __init__(self, folder: str | Path, class_names: list[str], top: int = 3, most: int = 48) -> None:
         self.folder, self.class_names, self.top, self.most = Path(folder), class_names, top, most
         self.rows: list[list[Any]] = []
         self.unreadable = 0
+
+    @property
+    def count(self) -> int:
+        """Images that were read."""
+        return len(self.rows) - self.unreadable
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any

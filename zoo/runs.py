@@ -32,6 +32,7 @@ from zoo.report import PredictionWriter, plot_curves
 from zoo.tasks.progress import EpochLine, LearningRate, MetricsCSV, Throughput
 
 CHECKPOINTS, CONFIG = 'checkpoints', 'config.yaml'
+_IMAGE_TASKS = ('Classify', 'Detect', 'Segment')  # what a lone checkpoint can name as `zoo.task`
 _NOISE = (
     '.*does not have many workers.*',
     '.*in eval mode at the start of training.*',
@@ -175,12 +176,14 @@ def config_of(checkpoint: Path) -> Path:
     folder = run_folder_of(checkpoint)
     if folder is not None:
         return folder / CONFIG
-    # the class is fixed here: a checkpoint may say how large a network is, not which code to run
-    hparams = read_checkpoint(checkpoint, mmap=True).get('hyper_parameters') or {}
+    # the classes are fixed here: a checkpoint may say how large a network is, not which code to run
+    saved = read_checkpoint(checkpoint, mmap=True)
+    hparams, task = saved.get('hyper_parameters') or {}, (saved.get('zoo') or {}).get('task')
     if 'num_classes' not in hparams:
         raise ZooError(f'{checkpoint} does not say which network it holds; give the config of its run with --config')
     made = Path(tempfile.mkdtemp(prefix='zoo-')) / f'{checkpoint.stem}.yaml'
-    made.write_text(yaml.safe_dump({'model': {'class_path': 'zoo.tasks.Classify', 'init_args': _plain(hparams)}}))
+    task = task if task in _IMAGE_TASKS else 'Classify'
+    made.write_text(yaml.safe_dump({'model': {'class_path': f'zoo.tasks.{task}', 'init_args': _plain(hparams)}}))
     return made
 
 
@@ -321,14 +324,15 @@ class ZooCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         init = config.model.get('init_args') if config.get('model') else None
-        pretrained = init.get('pretrained') if init else None
-        if pretrained and self.checkpoint:
-            init['pretrained'] = False  # the checkpoint brings the weights
+        # the checkpoint brings the weights
+        unneeded = {k: init[k] for k in ('pretrained', 'published') if init and init.get(k) and self.checkpoint}
+        if unneeded:
+            init.update({k: False if k == 'pretrained' else None for k in unneeded})
         if self.subcommand == 'predict':
             config.data = None
         super().instantiate_classes()
-        if pretrained and self.checkpoint:
-            init['pretrained'] = pretrained
+        if unneeded:
+            init.update(unneeded)
         if self.subcommand in ('fit', 'validate', 'test') and self.datamodule is None:
             raise ZooError('no data: give a config with a data section, or --data zoo.data.ImageFolder --data.path ...')
 
@@ -359,7 +363,7 @@ class ZooCLI(LightningCLI):
         else:
             kwargs['logger'] = False
             kwargs['enable_checkpointing'] = False
-        if self.subcommand in ('fit', 'test') and hasattr(self.model, 'report_callback'):
+        if self.subcommand != 'predict' and hasattr(self.model, 'report_callback'):
             callbacks.append(self._report_callback())
         if config.get('enable_progress_bar') is None:
             kwargs['enable_progress_bar'] = sys.stdout.isatty()
@@ -415,21 +419,25 @@ class ZooCLI(LightningCLI):
             raise ZooError(f'{self.checkpoint} does not say how images were prepared: not written by zoo fit')
         output = self._get(self.config_init, 'output')
         folder = Path(output) if output else self.run_dir / 'predictions'
-        writer = PredictionWriter(folder, about['class_names'])
+        # a task with pictures or boxes for answers brings its own writer and its own way to load images
+        batch_size = self._get(self.config_init, 'batch_size')
+        if hasattr(model, 'prediction'):
+            data, writer = model.prediction(images, about, folder, batch_size)
+        else:
+            writer = PredictionWriter(folder, about['class_names'])
+            data = ImageList(images, View(**about['view']), about['class_names'], batch_size)
         self.trainer.callbacks.append(writer)
-        data = ImageList(images, View(**about['view']), about['class_names'], self._get(self.config_init, 'batch_size'))
         kwargs['datamodule'] = data
         self.trainer.predict(model, weights_only=True, return_predictions=False, **kwargs)
-        count = len(writer.rows) - writer.unreadable
-        unreadable = f', {writer.unreadable} unreadable (named in the table)' if writer.unreadable else ''
-        say(f'{count} images{unreadable}: {folder}/predictions.csv, {folder}/contact_sheet.png')
+        unreadable = f', {writer.unreadable} unreadable ({writer.names_them})' if writer.unreadable else ''
+        say(f'{writer.count} images{unreadable}: {", ".join(f"{folder}/{file}" for file in writer.files)}')
 
     def _conclude(self, model: LightningModule) -> None:
         """Ends a fit: curves, a test of the best checkpoint, what the model exports, and what was written where.
 
         A module that ends in its own way has `conclude(test) -> lines to print`. Otherwise `accuracy_curves`,
-        `headline` and `report_callback` say how its results are shown, and `export(folder) -> lines` writes more than
-        checkpoints.
+        `headline` and `report_callback` say how its results are shown, `prediction` how predict reads and writes, and
+        `export(folder) -> lines` writes more than checkpoints.
         """
         if hasattr(model, 'conclude'):
             lines = model.conclude(self._get(self.config_init, 'run').test_after_fit)

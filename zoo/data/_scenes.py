@@ -171,7 +171,7 @@ def plan(draw: _Draws, held_out: bool, sparse: np.ndarray) -> Scenes:
 # pixels
 
 
-def _inside(kind: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+def inside(kind: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """Which points belong to a shape of radius 1; u to the right, v down."""
     radius = u * u + v * v
     if kind == 'circle':
@@ -205,7 +205,7 @@ def _masks(cell: int) -> np.ndarray:
                 for right in range(_SHIFTS):
                     u = (points[None, :] - (right - _SHIFTS // 2) * step / 2) / radius
                     v = (points[:, None] - (down - _SHIFTS // 2) * step / 2) / radius
-                    fine = _inside(kind, *np.broadcast_arrays(u, v))
+                    fine = inside(kind, *np.broadcast_arrays(u, v))
                     masks[number, size, down, right] = fine.reshape(cell, 4, cell, 4).mean((1, 3))
     return masks
 

@@ -54,6 +54,18 @@ def load_tables(path: str, name: str | None, splits: list[str], cache_dir: str |
     return datasets.load_dataset('parquet', data_files=by_split, cache_dir=cache_dir)
 
 
+def image_columns(features: Any) -> list[str]:
+    """Columns that hold images, by their type."""
+    import datasets
+
+    def is_image(feature: Any) -> bool:
+        if isinstance(feature, datasets.Image):
+            return True
+        return isinstance(feature, dict) and {'bytes', 'path'} <= set(feature)
+
+    return [name for name, feature in features.items() if is_image(feature)]
+
+
 class _Rows:
     """A split of a data set, images decoded one by one so that a bad one can be named.
 
@@ -133,12 +145,7 @@ class HubImages(ImageData):
     def _columns(self, features: Any) -> tuple[str, str]:
         import datasets
 
-        def is_image(feature: Any) -> bool:
-            if isinstance(feature, datasets.Image):
-                return True
-            return isinstance(feature, dict) and {'bytes', 'path'} <= set(feature)
-
-        images = [k for k, v in features.items() if is_image(v)]
+        images = image_columns(features)
         labels = [k for k, v in features.items() if isinstance(v, datasets.ClassLabel)]
         labels += [k for k in ('label', 'labels', 'fine_label') if k in features and k not in labels]
         image = self.image_column or (images[0] if images else None)

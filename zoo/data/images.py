@@ -13,6 +13,27 @@ from zoo.data.transforms import View
 from zoo.errors import ZooError
 
 
+def list_files(paths: list[str]) -> list[str]:
+    """The files named, and the images of the folders named, in order.
+
+    Raises:
+        ZooError: Something is not there, or a folder holds no image.
+    """
+    files: list[str] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            found = [os.path.join(root, f) for root, _, names in sorted(os.walk(path)) for f in sorted(names)]
+            found = [f for f in found if f.lower().endswith(EXTENSIONS)]
+            if not found:
+                raise ZooError(f'{path} holds no image (known endings: {" ".join(EXTENSIONS)})')
+            files += found
+        elif path.is_file():
+            files.append(str(path))
+        else:
+            raise ZooError(f'no such file or folder: {path}')
+    return files
+
+
 class ImageList(ImageData):
     """Image files and folders without labels.
 
@@ -38,19 +59,7 @@ class ImageList(ImageData):
         self.paths, self.class_names = paths, class_names or []
 
     def open_splits(self) -> None:
-        files: list[str] = []
-        for path in map(Path, self.paths):
-            if path.is_dir():
-                found = [os.path.join(root, f) for root, _, names in sorted(os.walk(path)) for f in sorted(names)]
-                found = [f for f in found if f.lower().endswith(EXTENSIONS)]
-                if not found:
-                    raise ZooError(f'{path} holds no image (known endings: {" ".join(EXTENSIONS)})')
-                files += found
-            elif path.is_file():
-                files.append(str(path))
-            else:
-                raise ZooError(f'no such file or folder: {path}')
-        self.splits = {'predict': ListSource([(f, -1) for f in files], open_image)}
+        self.splits = {'predict': ListSource([(f, -1) for f in list_files(self.paths)], open_image)}
 
     def predict_dataloader(self) -> DataLoader:
         return self._eval_loader('predict')

@@ -75,8 +75,12 @@ class KeyedDataset(Dataset):
                 failures.append((name, f'{type(error).__name__}: {error}'))
                 continue
             with keyed_randomness(self.seed, *key):
-                return {'image': self.transform(image), 'target': target, 'name': name, 'failures': failures}
+                return {**self.prepare(image, target), 'name': name, 'failures': failures}
         return {'image': None, 'target': -1, 'name': '', 'failures': failures}
+
+    def prepare(self, image: Image.Image, target: Any) -> dict[str, Any]:
+        """What a sample holds besides its name; targets that change with the image are transformed here."""
+        return {'image': self.transform(image), 'target': target}
 
 
 def substitute_for(index: int, attempt: int, length: int) -> int:

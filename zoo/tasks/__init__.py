@@ -3,13 +3,16 @@
 from typing import Any
 
 from zoo.tasks.classify import Classify
+from zoo.tasks.detect import Detect
 from zoo.tasks.distill import Distill
 from zoo.tasks.distill_vlm import DistillVLM
 from zoo.tasks.optim import Optim, Schedule
+from zoo.tasks.segment import Segment
 from zoo.tasks.vlm import FinetuneVLM, Lora
 
 __all__ = [
     'Classify',
+    'Detect',
     'Distill',
     'DistillUNet',
     'DistillVLM',
@@ -17,6 +20,7 @@ __all__ = [
     'Lora',
     'Optim',
     'Schedule',
+    'Segment',
     'TrainUNet',
 ]
 

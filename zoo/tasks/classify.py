@@ -17,11 +17,10 @@ from torch import nn
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from zoo.errors import RunError, ZooError
+from zoo.errors import ZooError
 from zoo.report import TestReport
 from zoo.tasks.distill import Distill, Teacher
 from zoo.tasks.fitting import FittingModule
-from zoo.tasks.nonfinite import first_nonfinite
 from zoo.tasks.optim import Optim, Schedule, as_dataclass, as_plain
 
 
@@ -198,7 +197,7 @@ class Classify(FittingModule):
         if self._teacher is not None:
             loss = self.distill.combine(loss, self._teacher.loss(logits, images))
         if self.check_finite and not torch.isfinite(loss):
-            raise self._diverged(images, batch, batch_idx)
+            raise self.diverged(images, batch['name'], batch_idx)
         size = len(labels)
         self.log('train/loss', loss.detach(), prog_bar=True, on_step=True, on_epoch=True, batch_size=size)
         if self.mixup is None:
@@ -258,21 +257,6 @@ class Classify(FittingModule):
             if value.ndim == 0:
                 self.log(name, value, prog_bar=name == 'val/top1')
         metrics.reset()
-
-    def _diverged(self, images: torch.Tensor, batch: dict[str, Any], batch_idx: int) -> RunError:
-        def run() -> torch.Tensor:
-            self.seed_step(batch_idx)
-            return self.net(images)
-
-        origin = first_nonfinite(self.net, run, images)
-        names = ', '.join(map(str, batch['name'][:4])) + (' ...' if len(batch['name']) > 4 else '')
-        return RunError(
-            f'the loss is not finite at step {self.global_step} (epoch {self.current_epoch}, batch {batch_idx})\n'
-            f'first non-finite value: {origin}\n'
-            f'batch: {names}\n'
-            'What helps: a lower --model.optim.lr, --trainer.gradient_clip_val 1, a longer warm-up, or bf16-mixed '
-            'instead of 16-mixed'
-        )
 
 
 def build_net(name: str, num_classes: int, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule
 from torch import nn
 
 from zoo.data.seeding import run_seed, seed_all
+from zoo.errors import RunError
+from zoo.tasks.nonfinite import first_nonfinite
 from zoo.tasks.optim import UpdateSchedule, fit_optimizer
 
 __all__ = ['FittingModule']
@@ -48,6 +51,23 @@ class FittingModule(LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.seed_step(batch_idx)
+
+    def diverged(self, images: torch.Tensor, names: list[Any], batch_idx: int) -> RunError:
+        """What to raise when the loss of `net(images)` is not finite."""
+
+        def run() -> Any:
+            self.seed_step(batch_idx)
+            return self.net(images)
+
+        origin = first_nonfinite(self.net, run, images)
+        few = ', '.join(map(str, names[:4])) + (' ...' if len(names) > 4 else '')
+        return RunError(
+            f'the loss is not finite at step {self.global_step} (epoch {self.current_epoch}, batch {batch_idx})\n'
+            f'first non-finite value: {origin}\n'
+            f'batch: {few}\n'
+            'What helps: a lower --model.optim.lr, --trainer.gradient_clip_val 1, a longer warm-up, or bf16-mixed '
+            'instead of 16-mixed'
+        )
 
     def seed_step(self, batch_idx: int) -> None:
         seed_all(run_seed(), self.current_epoch, batch_idx, self.global_rank)

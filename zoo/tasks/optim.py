@@ -51,21 +51,27 @@ class Schedule:
     Args:
         name: A timm schedule.
         warmup_epochs: Epochs of linear warm-up, part of the total; at most half of it.
+        warmup_steps: The same in optimizer steps; null takes warmup_epochs.
         warmup_prefix: Whether the decay begins where the warm-up ends and takes the rest of the run; otherwise it runs
             from step 0 and the warm-up hides its beginning.
         warmup_lr: Where the warm-up starts; scaled like lr.
         min_lr: Where the decay ends; scaled like lr.
-        decay_epochs: Epochs between drops (step) or length of the decay (wsd).
-        decay_rate: Factor of a drop (step), or power (poly).
+        decay_epochs: Epochs between drops (step) or length of the decay (wsd), at most what the warm-up leaves.
+        decay_rate: Factor of a drop (step, multistep), or power (poly).
+        decay_shape: Course of the decay (wsd): 1 minus the square root, a line or a cosine.
+        milestones: Epochs that a drop comes after (multistep).
     """
 
-    name: Literal['cosine', 'step', 'poly', 'wsd', 'constant'] = 'cosine'
+    name: Literal['cosine', 'step', 'multistep', 'poly', 'wsd', 'constant'] = 'cosine'
     warmup_epochs: float = 5.0
+    warmup_steps: int | None = None
     warmup_prefix: bool = True
     warmup_lr: float = 1e-6
     min_lr: float = 1e-6
     decay_epochs: float | None = None
     decay_rate: float = 0.1
+    decay_shape: Literal['1-sqrt', 'linear', 'cosine'] = '1-sqrt'
+    milestones: tuple[float, ...] = ()
 
 
 def lr_factor(optim: Optim, total_batch: int) -> float:
@@ -126,13 +132,21 @@ class UpdateSchedule:
         steps_per_epoch: int,
     ) -> None:
         self.optimizer = optimizer
-        decay = schedule.decay_epochs
-        warmup = min(round(schedule.warmup_epochs * steps_per_epoch), total_steps // 2)
+        warmup = schedule.warmup_steps
+        warmup = round(schedule.warmup_epochs * steps_per_epoch) if warmup is None else warmup
+        warmup = min(warmup, total_steps // 2)
+        options = {'decay_fn': schedule.decay_shape} if schedule.name == 'wsd' else {}
+        if schedule.decay_epochs is not None:
+            decay = max(1, round(schedule.decay_epochs * steps_per_epoch))
+            options['decay_epochs'] = min(decay, total_steps - warmup) if schedule.name == 'wsd' else decay
+        # timm's drop comes one step early
+        milestones = [round(epoch * steps_per_epoch) + 1 for epoch in schedule.milestones]
         self.timm, _ = create_scheduler_v2(
             optimizer,
             sched=schedule.name,
             num_epochs=max(total_steps - (warmup if schedule.warmup_prefix else 0), 1),
-            **({} if decay is None else {'decay_epochs': max(1, round(decay * steps_per_epoch))}),
+            **options,
+            decay_milestones=milestones,
             decay_rate=schedule.decay_rate,
             min_lr=schedule.min_lr * factor,
             warmup_lr=schedule.warmup_lr * factor,

@@ -32,6 +32,8 @@ class EpochLine(Callback):
             ('val/loss', 'val loss', '{:.4f}'),
             ('val/top1', 'val accuracy', '{:.2%}'),
             ('val/exact', 'val exact match', '{:.2%}'),
+            ('val/map50', 'val mAP@50', '{:.2%}'),
+            ('val/miou', 'val mIoU', '{:.2%}'),
         ):
             if key in metrics:
                 parts.append(f'{label} {form.format(float(metrics[key])).replace("%", " %")}')

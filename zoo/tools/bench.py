@@ -1,4 +1,4 @@
-"""`zoo bench models|kernels|vlm|unet`: times beside those of the models and kernels one would use instead.
+"""`zoo bench models|kernels|vlm|unet|detect`: times beside those of the models and kernels one would use instead.
 
 Everything that is compared runs in one process. Without arguments `zoo bench models` measures the smallest ViG beside
 DeiT-tiny: inference and training at 224 and 1024 pixels (on a CPU training at 224 only).
@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 
 from zoo.errors import ZooError
+from zoo.tools._bench_detect import add_arguments as add_detect_arguments
+from zoo.tools._bench_detect import bench_detect
 from zoo.tools._bench_kernels import add_arguments as add_kernel_arguments
 from zoo.tools._bench_kernels import bench_kernels
 from zoo.tools._bench_models import NATIVE, bench_models
@@ -21,7 +23,13 @@ from zoo.tools._bench_vlm import add_arguments as add_vlm_arguments
 from zoo.tools._bench_vlm import bench_vlm
 from zoo.tools._timing import write_json
 
-_VERBS = {'models': bench_models, 'kernels': bench_kernels, 'vlm': bench_vlm, 'unet': bench_unet}
+_VERBS = {
+    'models': bench_models,
+    'kernels': bench_kernels,
+    'vlm': bench_vlm,
+    'unet': bench_unet,
+    'detect': bench_detect,
+}
 _YES_NO = {'nargs': '?', 'const': 'yes', 'choices': ('no', 'yes', 'both')}
 _WHICH = {'nargs': '?', 'const': '*', 'metavar': 'A,B'}
 
@@ -65,7 +73,7 @@ def _add_model_arguments(models: argparse.ArgumentParser) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog='zoo bench', description=__doc__.split('\n', 1)[1].strip())
-    verbs = parser.add_subparsers(dest='what', required=True, metavar='models|kernels|vlm|unet')
+    verbs = parser.add_subparsers(dest='what', required=True, metavar='models|kernels|vlm|unet|detect')
     models = verbs.add_parser('models', help='whole models', description='Whole models beside those of timm.')
     _add_model_arguments(models)
     kernels = verbs.add_parser('kernels', help='the ops', description='Kernels beside what one would use instead.')
@@ -76,7 +84,10 @@ def _parser() -> argparse.ArgumentParser:
     unet = verbs.add_parser('unet', help='steps of diffusion UNets', description='A step of the SD 1.5 and SDXL UNets '
                             'with random weights: softmax against linear self-attention at growing sizes.')  # fmt: skip
     add_unet_arguments(unet)
-    for verb in (models, kernels, vlm, unet):
+    detect = verbs.add_parser('detect', help='training steps of detectors', description='Training steps of one '
+                              'detector on several backbones at the sizes of detection.')  # fmt: skip
+    add_detect_arguments(detect)
+    for verb in (models, kernels, vlm, unet, detect):
         verb.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
         verb.add_argument('--threads', type=int, help="torch's CPU threads")
         verb.add_argument('--warmup', type=int, help='uncounted calls after the first; default: 2, on CUDA 10')
@@ -98,9 +109,7 @@ def cli_bench(argv: list[str]) -> int:
     torch.set_num_threads(args.threads or threads)
     torch.backends.cudnn.benchmark = gpu or tuned  # sizes do not change: the fastest convolution for everybody
     try:
-        result = {'models': bench_models, 'kernels': bench_kernels, 'vlm': bench_vlm, 'unet': bench_unet}[args.what](
-            args
-        )
+        result = _VERBS[args.what](args)
     finally:
         torch.set_num_threads(threads)
         torch.backends.cudnn.benchmark = tuned
