@@ -415,7 +415,8 @@ class ZooCLI(LightningCLI):
             raise ZooError(f'{self.checkpoint} does not say how images were prepared: not written by zoo fit')
         output = self._get(self.config_init, 'output')
         folder = Path(output) if output else self.run_dir / 'predictions'
-        writer = PredictionWriter(folder, about['class_names'])
+        # classes that are texts may be others than those of the training
+        writer = PredictionWriter(folder, getattr(model, 'classes', None) or about['class_names'])
         self.trainer.callbacks.append(writer)
         data = ImageList(images, View(**about['view']), about['class_names'], self._get(self.config_init, 'batch_size'))
         kwargs['datamodule'] = data

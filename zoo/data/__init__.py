@@ -1,6 +1,7 @@
 """Data modules: images with labels or conversations, resumable order, clear errors and counted failures."""
 
 from zoo.data.base import ImageData
+from zoo.data.captioned_shapes import CaptionedShapes
 from zoo.data.captions import CaptionedImages
 from zoo.data.conversations import Conversations
 from zoo.data.digits import Digits
@@ -18,6 +19,7 @@ __all__ = [
     'Augment',
     'CachedLatents',
     'CaptionedImages',
+    'CaptionedShapes',
     'Conversations',
     'Digits',
     'Framing',

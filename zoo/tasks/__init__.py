@@ -10,6 +10,7 @@ from zoo.tasks.vlm import FinetuneVLM, Lora
 
 __all__ = [
     'Classify',
+    'Contrast',
     'Distill',
     'DistillUNet',
     'DistillVLM',
@@ -22,7 +23,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # imported when asked for, as diffusers is an extra
+    # imported when asked for: open_clip takes seconds, and diffusers is an extra
+    if name == 'Contrast':
+        from zoo.tasks.contrast import Contrast
+
+        return Contrast
     if name == 'DistillUNet':
         from zoo.tasks.distill_unet import DistillUNet
 
