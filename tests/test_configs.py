@@ -57,7 +57,7 @@ def test_header(path):
 
 # Recipes that differ from another only in widths, sizes and numbers of the schedule.
 TWINS = [f'mobilemamba_{v}{kd}' for v in ('t4', 's6', 'b1', 'b2', 'b4') for kd in ('', '_kd')]
-IMAGES = [p for p in CONFIGS if not p.parent.name.startswith('distill_')]  # test_distill_*.py run those
+IMAGES = [p for p in CONFIGS if not p.parent.name.startswith(('contrast', 'distill_'))]  # tests of their own
 TWO_STEPS = [pytest.param(p, marks=[pytest.mark.slow] * (p.stem in TWINS)) for p in IMAGES]
 
 

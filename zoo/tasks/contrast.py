@@ -335,8 +335,8 @@ class Contrast(FittingModule):
             for module, mode in training.items():
                 module.training = mode
         builders = self.zero_shot.builders()
-        self.tokens([builders[0](name) for name in self.classes])
-        self.tokens([build(name) for name in self.classes[:1] for build in builders])
+        if self.classes:
+            self.tokens([*(builders[0](name) for name in self.classes), *(build(self.classes[0]) for build in builders)])
 
     def on_fit_start(self) -> None:
         if self._teacher is not None:
