@@ -1,8 +1,8 @@
 """Image and text towers of contrastive models: open_clip's models, any timm backbone, linear-attention text towers.
 
 `build_towers` gives an `open_clip.CustomTextCLIP` (open_clip 3.3): what open_clip does with a model (`encode_image`,
-`encode_text`, `get_tokenizer`, `build_zero_shot_classifier`) works on it. open_clip's own JSON configs name timm models,
-so after `import zoo` they may name the zoo's: `open_clip.add_model_config(FILE)` takes one of the user's, and
+`encode_text`, `get_tokenizer`, `build_zero_shot_classifier`) works on it. Its own JSON configs name timm models, so
+after `import zoo` they may name the zoo's: `open_clip.add_model_config(FILE)` takes one of the user's, and
 `register_configs()` adds those of `configs/contrast/open_clip`.
 """
 
@@ -22,8 +22,9 @@ from open_clip.timm_model import TimmModel
 from open_clip.transformer import TextTransformer
 from timm.layers import Mlp, to_2tuple
 from torch import Tensor, nn
-from zoo.errors import ZooError
 from zoo.kernels.gla import bidirectional_gla, gated_linear_attention
+
+from zoo.errors import ZooError
 
 __all__ = [
     'ImageTower',
@@ -104,6 +105,8 @@ class TimmTower(TimmModel):
             self.trunk = timm.create_model(tower.name, pretrained=tower.pretrained, **tower.kwargs)
         except TypeError as error:
             raise ZooError(f'model {tower.name} does not take these arguments: {tower.kwargs}\n{error}') from error
+        except RuntimeError as error:
+            raise ZooError(f'cannot build the image tower {tower.name}: {error}') from error
         self.trunk.reset_classifier(0, **({'global_pool': tower.pool} if tower.pool else {}))
         cfg, width = self.trunk.pretrained_cfg, self.trunk.num_features
         self.image_size = to_2tuple(tower.kwargs.get('img_size') or cfg['input_size'][-2:])
@@ -148,9 +151,7 @@ class LinearTextBlock(nn.Module):
 
     def _mix(self, x: Tensor, visible: Tensor) -> Tensor:
         width = x.shape[-1]
-        q, k, v = (
-            t.unflatten(-1, (self.heads, -1)) for t in self.qkv(x).split((width // 2, width // 2, width), -1)
-        )
+        q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in self.qkv(x).split((width // 2, width // 2, width), -1))
         hidden = ~visible[..., None, None]
         k = k.masked_fill(hidden, 0)
         decay = F.logsigmoid(self.decay(x).float()) / GATE_NORMALIZER
@@ -184,9 +185,7 @@ class LinearTextTower(nn.Module):
         self.output_dim, self.grad_checkpointing = embed_dim, False
         self.token_embedding = nn.Embedding(vocab_size, tower.width)
         self.positional_embedding = nn.Parameter(torch.empty(tower.context_length, tower.width))
-        blocks = (
-            LinearTextBlock(tower.width, tower.heads, tower.mlp_ratio, tower.causal) for _ in range(tower.layers)
-        )
+        blocks = (LinearTextBlock(tower.width, tower.heads, tower.mlp_ratio, tower.causal) for _ in range(tower.layers))
         self.blocks = nn.ModuleList(blocks)
         self.ln_final = nn.LayerNorm(tower.width)
         self.text_projection = nn.Parameter(torch.empty(tower.width, embed_dim))
@@ -235,7 +234,7 @@ class LinearTextTower(nn.Module):
 
 
 class WordTokenizer:
-    """Whole words of a closed vocabulary, with the call of open_clip's tokenizers: 0 is padding, the end token the last.
+    """Whole words of a closed vocabulary, called as open_clip's tokenizers are: 0 is padding, the end token the last.
 
     Args:
         words: The vocabulary, separated by spaces.

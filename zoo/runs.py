@@ -321,14 +321,15 @@ class ZooCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         init = config.model.get('init_args') if config.get('model') else None
-        pretrained = init.get('pretrained') if init else None
-        if pretrained and self.checkpoint:
-            init['pretrained'] = False  # the checkpoint brings the weights
+        loads = [part for part in (init, init and init.get('image')) if part and part.get('pretrained')]
+        former = [part['pretrained'] for part in loads]
+        for part in loads if self.checkpoint else []:
+            part['pretrained'] = False  # the checkpoint brings the weights
         if self.subcommand == 'predict':
             config.data = None
         super().instantiate_classes()
-        if pretrained and self.checkpoint:
-            init['pretrained'] = pretrained
+        for part, value in zip(loads, former):
+            part['pretrained'] = value
         if self.subcommand in ('fit', 'validate', 'test') and self.datamodule is None:
             raise ZooError('no data: give a config with a data section, or --data zoo.data.ImageFolder --data.path ...')
 

@@ -26,7 +26,7 @@ class Framing:
         interpolation: Resampling.
         antialias: Whether to filter when shrinking; OpenCV's resize, which LinFusion's SD 1.5 script uses, does not.
         hflip: Probability of a horizontal flip.
-        crop_area: Area of a random crop in training, as fractions of the image (CLIP's recipe has 0.9 to 1), which takes
+        crop_area: Area of a random crop in training, as fractions of the image (0.9 to 1 in CLIP's recipe), which takes
             the place of resize; null is the centre.
         bucket_step: Height and width of buckets are multiples of this many pixels; null is one square.
         max_ratio: Longest side over shortest, of buckets.

@@ -56,7 +56,7 @@ class ZeroShot:
 
 
 class ZeroShotAccuracy(Metric):
-    """Top-1, and top-5 where there are more than five classes, and the mean cross-entropy, as `top1`, `top5`, `loss`."""
+    """`top1`, `top5` where there are more than five classes, and the mean cross-entropy as `loss`."""
 
     full_state_update = False
 

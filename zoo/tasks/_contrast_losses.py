@@ -187,9 +187,7 @@ def build_loss(kind: str, rank: int = 0, world_size: int = 1) -> nn.Module:
     return ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world_size)
 
 
-def contrastive_loss(
-    criterion: nn.Module, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None
-) -> Tensor:
+def contrastive_loss(criterion: nn.Module, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """The loss of normalised fp32 features (B, D)."""
     if isinstance(criterion, SigLipLoss):
         return criterion(image, text, scale, bias)

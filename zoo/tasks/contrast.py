@@ -284,9 +284,7 @@ class Contrast(FittingModule):
             lines.append(f'{name} zero-shot accuracy among {self.num_classes} classes: {top1:.2f} %{beside}')
         if f'{split}/i2t_r1' in metrics:
             i2t, t2i = ([f'{100 * float(metrics[f"{split}/{way}_r{k}"]):.1f}' for k in (1, 5, 10)] for way in _WAYS)
-            lines.append(
-                f'{name} recall at 1, 5, 10: image to text {" ".join(i2t)} %, text to image {" ".join(t2i)} %'
-            )
+            lines.append(f'{name} recall at 1, 5, 10: image to text {" ".join(i2t)} %, text to image {" ".join(t2i)} %')
         return '\n'.join(lines)
 
     def report_callback(self, folder: Path, samples: Path | None) -> Callback:
@@ -336,7 +334,7 @@ class Contrast(FittingModule):
                 module.training = mode
         builders = self.zero_shot.builders()
         if self.classes:
-            self.tokens([*(builders[0](name) for name in self.classes), *(build(self.classes[0]) for build in builders)])
+            self.tokens([builders[0](name) for name in self.classes] + [build(self.classes[0]) for build in builders])
 
     def on_fit_start(self) -> None:
         if self._teacher is not None:
@@ -350,9 +348,9 @@ class Contrast(FittingModule):
         self.classes = self.classes or list(saved.get('class_names') or [])
         self.view = self.view or saved.get('view')
         for key in ('net', 'image', 'text', 'embed_dim'):
-            mine = self.hparams[key]
-            if theirs.get(key, mine) != mine:
-                raise ZooError(f'the checkpoint holds model.{key} {theirs[key]}, the config asks for {mine}')
+            held, mine = (_shape_of(settings.get(key)) for settings in (theirs, self.hparams))
+            if key in theirs and held != mine:
+                raise ZooError(f'the checkpoint holds model.{key} {held}, the config asks for {mine}')
         adapt_ema(checkpoint['state_dict'], wanted=self.ema is not None)
 
     # helpers
@@ -372,6 +370,11 @@ class Contrast(FittingModule):
             'What helps: a lower --model.optim.lr, --trainer.gradient_clip_val 1, a longer warm-up, or bf16-mixed '
             'instead of 16-mixed'
         )
+
+
+def _shape_of(setting: Any) -> Any:
+    """What of a tower's settings a checkpoint has to agree with: where its weights came from is past."""
+    return {k: v for k, v in setting.items() if k != 'pretrained'} if isinstance(setting, dict) else setting
 
 
 _WAYS = ('i2t', 't2i')
