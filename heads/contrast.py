@@ -23,6 +23,7 @@ from open_clip.transformer import TextTransformer
 from timm.layers import Mlp, to_2tuple
 from torch import Tensor, nn
 from zoo.kernels.gla import bidirectional_gla, gated_linear_attention
+from zoo.kernels.norm import rms_norm
 
 from zoo.errors import ZooError
 
@@ -140,7 +141,7 @@ class LinearTextBlock(nn.Module):
         gates = width // 2 * (1 if causal else 2)
         self.decay = nn.Sequential(nn.Linear(width, gate_rank, bias=False), nn.Linear(gate_rank, gates))
         self.gate = nn.Linear(width, width)
-        self.head_norm = nn.RMSNorm(width // heads, 1e-6)
+        self.head_norm = nn.Parameter(torch.ones(width // heads))
         self.out = nn.Linear(width, width, bias=False)
         self.mlp = Mlp(width, int(width * mlp_ratio))
 
@@ -160,7 +161,8 @@ class LinearTextBlock(nn.Module):
             o, _ = gated_linear_attention(q, k, v, *decays)
         else:
             o = bidirectional_gla(q, k, v, *decays)
-        return self.out(self.head_norm(o).flatten(2) * F.silu(self.gate(x)))
+        o = rms_norm(o, self.head_norm, 1e-6)
+        return self.out(o.flatten(2) * F.silu(self.gate(x)))
 
 
 class LinearTextTower(nn.Module):

@@ -1,10 +1,10 @@
 """Drawn shapes with captions: image-text pairs that need no download and never end.
 
 One object of 8 colours and 8 shapes, in three sizes, stands in one of nine places on a dark and noisy ground. Training
-captions say all or a part of what there is (`the red ring at the top left`, `something red at the top left`, `the ring
-that is red`). Two pairs out of eight of every colour, and of every shape, never occur in training, neither drawn nor
-named: one of them is what validation shows, the other one is for the test. Their images have the class of their pair
-among all 64, and a caption that says everything.
+captions say all or a part of what there is (`the red ring at the top left`, `something red`, `the ring that is red`).
+Two pairs out of eight of every colour, and of every shape, never occur in training, neither drawn nor named: one of
+them is what validation shows, the other one is for the test. Their images have the class of their pair among all 64,
+and a caption that says everything.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ TEMPLATES = (
     'a picture of the {colour} {shape}',
     'the {shape} at the {place}',
     'something {colour} at the {place}',
+    'the {shape}',
+    'something {colour}',
 )
 _EVERYTHING = TEMPLATES[1]
 _SPLITS = ('train', 'val', 'test')
