@@ -57,7 +57,8 @@ def test_header(path):
 
 # Recipes that differ from another only in widths, sizes and numbers of the schedule.
 TWINS = [f'mobilemamba_{v}{kd}' for v in ('t4', 's6', 'b1', 'b2', 'b4') for kd in ('', '_kd')]
-IMAGES = [p for p in CONFIGS if not p.parent.name.startswith(('detect', 'distill_', 'segment'))]  # tests of their own
+OWN = ('contrast', 'detect', 'distill_', 'segment')  # these have tests of their own
+IMAGES = [p for p in CONFIGS if not p.parent.name.startswith(OWN)]
 TWO_STEPS = [pytest.param(p, marks=[pytest.mark.slow] * (p.stem in TWINS)) for p in IMAGES]
 
 

@@ -325,14 +325,15 @@ class ZooCLI(LightningCLI):
         config = self.config[self.subcommand]
         init = config.model.get('init_args') if config.get('model') else None
         # the checkpoint brings the weights
-        unneeded = {k: init[k] for k in ('pretrained', 'published') if init and init.get(k) and self.checkpoint}
-        if unneeded:
-            init.update({k: False if k == 'pretrained' else None for k in unneeded})
+        parts = [part for part in (init, init and init.get('image')) if part] if self.checkpoint else []
+        unneeded = [(part, k, part[k]) for part in parts for k in ('pretrained', 'published') if part.get(k)]
+        for part, key, _ in unneeded:
+            part[key] = False if key == 'pretrained' else None
         if self.subcommand == 'predict':
             config.data = None
         super().instantiate_classes()
-        if unneeded:
-            init.update(unneeded)
+        for part, key, value in unneeded:
+            part[key] = value
         if self.subcommand in ('fit', 'validate', 'test') and self.datamodule is None:
             raise ZooError('no data: give a config with a data section, or --data zoo.data.ImageFolder --data.path ...')
 
@@ -424,7 +425,8 @@ class ZooCLI(LightningCLI):
         if hasattr(model, 'prediction'):
             data, writer = model.prediction(images, about, folder, batch_size)
         else:
-            writer = PredictionWriter(folder, about['class_names'])
+            # classes that are texts may be others than those of the training
+            writer = PredictionWriter(folder, getattr(model, 'classes', None) or about['class_names'])
             data = ImageList(images, View(**about['view']), about['class_names'], batch_size)
         self.trainer.callbacks.append(writer)
         kwargs['datamodule'] = data

@@ -1,6 +1,7 @@
 """Data modules: images with labels or conversations, resumable order, clear errors and counted failures."""
 
 from zoo.data.base import ImageData
+from zoo.data.captioned_shapes import CaptionedShapes
 from zoo.data.captions import CaptionedImages
 from zoo.data.conversations import Conversations
 from zoo.data.detection import BoxAugment, CocoObjects, DrawnObjects
@@ -22,6 +23,7 @@ __all__ = [
     'BoxAugment',
     'CachedLatents',
     'CaptionedImages',
+    'CaptionedShapes',
     'Cityscapes',
     'CocoObjects',
     'Conversations',

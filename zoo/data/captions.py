@@ -20,6 +20,7 @@ from zoo.data.hub import load_tables, undecoded
 from zoo.data.sampling import SUBSTITUTES, UNREADABLE, BucketBatches, substitute_for
 from zoo.data.seeding import keyed_randomness, run_seed
 from zoo.data.shards import IMAGE_MEMBERS, expand_shards
+from zoo.data.transforms import View
 from zoo.errors import ZooError
 
 _CAPTION_KEYS = ('caption', 'text', 'prompt')
@@ -305,7 +306,7 @@ def collate_captions(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 class CaptionedImages(ResumableData):
-    """Images with captions for text-conditional diffusion models.
+    """Images with captions, for text-conditional diffusion models and contrastive towers.
 
     Args:
         train: Tar shards, folder, parquet or hub name, see zoo.data.captions.open_captions.
@@ -350,6 +351,12 @@ class CaptionedImages(ResumableData):
         self.sources: dict[str, CaptionSource] = {}
         self.buckets: dict[str, list[int]] = {}
 
+    @property
+    def view(self) -> View:
+        """What a square `framing` gives, as a view."""
+        half = (0.5, 0.5, 0.5)
+        return View(self.framing.size, 3, self.framing.interpolation, 1.0, mean=half, std=half)
+
     def setup(self, stage: str | None = None) -> None:
         if self.sources:
             return
@@ -375,7 +382,7 @@ class CaptionedImages(ResumableData):
 
     def _loader(self, split: str, sampler: BucketBatches) -> DataLoader:
         seed, training = run_seed(), split == 'train'
-        framing = self.framing if training else Framing(**{**vars(self.framing), 'hflip': 0.0})
+        framing = self.framing if training else Framing(**{**vars(self.framing), 'hflip': 0.0, 'crop_area': None})
         dataset = FramedImages(self.sources[split], framing, self.buckets[split], seed, substitute=training)
         options = loader_options(self.num_workers)
         return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate_captions, **options)

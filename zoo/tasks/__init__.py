@@ -12,6 +12,7 @@ from zoo.tasks.vlm import FinetuneVLM, Lora
 
 __all__ = [
     'Classify',
+    'Contrast',
     'Detect',
     'Distill',
     'DistillUNet',
@@ -26,7 +27,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # imported when asked for, as diffusers is an extra
+    # imported when asked for: open_clip takes seconds, and diffusers is an extra
+    if name == 'Contrast':
+        from zoo.tasks.contrast import Contrast
+
+        return Contrast
     if name == 'DistillUNet':
         from zoo.tasks.distill_unet import DistillUNet
 
