@@ -80,8 +80,7 @@ def test_takes_two_steps(path, images, tmp_path, monkeypatch, capsys):
         overrides += ['--model.num_classes=2']
     if config['data']['class_path'].endswith('HubImages'):
         classes = config['model']['init_args']['num_classes']
-        if config['data']['init_args'].get('classes'):
-            overrides += [f'--data.classes={[str(number) for number in range(classes)]}']
+        classes = max([classes - 1, *config['data']['init_args'].get('classes', [])]) + 1
         overrides += [f'--data.path={parquet(tmp_path / "data", classes)}', f'--data.cache_dir={tmp_path / "cache"}']
         overrides += ['--data.batch_size=2', '--data.num_workers=0']
     if config['data']['class_path'].endswith('ImageQuestions'):

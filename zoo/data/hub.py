@@ -91,7 +91,7 @@ class HubImages(ImageData):
         test: Split to test on.
         image_column: Found by its type where not given.
         label_column: Found by its type where not given.
-        classes: Names of the classes to keep, in the order of their new numbers; null keeps all.
+        classes: Names or numbers of the classes to keep, in the order of their new numbers; null keeps all.
         val_fraction: Share of the training images held out where there is no validation split.
         cache_dir: Where downloads are kept; the default is Hugging Face's.
         kwargs: See ImageData.
@@ -106,7 +106,7 @@ class HubImages(ImageData):
         test: str = 'test',
         image_column: str | None = None,
         label_column: str | None = None,
-        classes: list[str] | None = None,
+        classes: list[int | str] | None = None,
         val_fraction: float = 0.1,
         cache_dir: str | None = None,
         **kwargs: Any,
@@ -168,15 +168,17 @@ class HubImages(ImageData):
         return {value: number for number, value in enumerate(values)}
 
     def _keep_classes(self, to_label: dict[Any, int] | None) -> dict[Any, int]:
-        unknown = [name for name in self.classes if name not in self.class_names]
-        if unknown or len(set(self.classes)) != len(self.classes) or not self.classes:
+        numbers: dict[int | str, int] = {key: i for i, name in enumerate(self.class_names) for key in (i, name)}
+        unknown = [str(name) for name in self.classes if name not in numbers]
+        kept = [numbers[name] for name in self.classes if name in numbers]
+        if unknown or len(set(kept)) != len(kept) or not kept:
             raise ZooError(
-                f'{self.path}: data.classes must name different classes of {", ".join(self.class_names[:20])}'
-                + (f'; there is no {", ".join(unknown)}' if unknown else '')
+                f'{self.path}: data.classes must hold different ones of {", ".join(self.class_names[:20])}, or their '
+                'numbers' + (f'; there is no {", ".join(unknown)}' if unknown else '')
             )
         former = to_label or {number: number for number in range(len(self.class_names))}
-        new = {self.class_names.index(name): number for number, name in enumerate(self.classes)}
-        self.class_names = list(self.classes)
+        new = {number: i for i, number in enumerate(kept)}
+        self.class_names = [self.class_names[number] for number in kept]
         return {value: new[number] for value, number in former.items() if number in new}
 
 

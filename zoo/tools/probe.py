@@ -23,6 +23,7 @@ from zoo.tools._probe_fit import Features, Splits, encode, principal_axes, probe
 from zoo.tools._timing import conditions, sync, write_json
 
 _AMP = {'bf16': torch.bfloat16, 'fp16': torch.float16}
+_SETTINGS = ('--data.', '--model.', '--trainer.', '--run.', '--seed_everything')
 _CHOICE = 10  # one of so many training images is held out to choose settings, where the data has no split for that
 
 
@@ -246,7 +247,7 @@ def probe(
     columns = (TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         for d, logits in zip(own_dims or (width,), splits.test.own):
-            rows.append({'method': "the network's own", 'dim': d, 'top1': top1(logits, splits.test.target)})
+            rows.append({'method': 'own classifier', 'dim': d, 'top1': top1(logits, splits.test.target)})
         task = bar.add_task('', total=len(heads) * args.steps + 3 * len(nested_dims(width)))
         embedding = None
         for method, name, options in heads:
@@ -317,19 +318,30 @@ def show(results: dict[str, Any], folder: Path) -> None:
     print(f'{folder}/probe.json, {folder}/probe.png')
 
 
+def _split(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Arguments of this command, and settings of data, model and trainer as --KEY=VALUE."""
+    own: list[str] = []
+    settings: list[str] = []
+    waiting = False  # whether the last setting has no value yet
+    for word in argv:
+        if word.startswith(_SETTINGS):
+            settings.append(word)
+            waiting = '=' not in word
+        elif waiting:
+            settings[-1] += f'={word}'
+            waiting = False
+        else:
+            own.append(word)
+    return own, settings
+
+
 def _checked(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Arguments and settings of data, model and trainer."""
-    args, overrides = _parser().parse_known_args(argv)
-    joined: list[str] = []
-    for word in overrides:
-        if word.startswith('--') or not joined or '=' in joined[-1]:
-            joined.append(word)
-        else:
-            joined[-1] += f'={word}'
-    allowed = ('--data.', '--model.', '--trainer.', '--run.', '--seed_everything') if args.fit else ('--data.',)
-    wrong = [word for word in joined if not word.startswith(allowed)]
+    own, settings = _split(argv)
+    args = _parser().parse_args(own)
+    wrong = [word for word in settings if not args.fit and not word.startswith('--data.')]
     if wrong:
-        raise ZooError(f'no such option: {" ".join(wrong)}; see zoo probe --help')
+        raise ZooError(f'{" ".join(wrong)}: without --fit only --data settings count')
     if bool(args.fit) == bool(args.model):
         raise ZooError('zoo probe takes either a MODEL or --fit CONFIG')
     for name in ('steps', 'batch_size'):
@@ -337,9 +349,10 @@ def _checked(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
             raise ZooError(f'--{name.replace("_", "-")} takes a positive number')
     if min(args.lrs) <= 0 or min(args.ks) < 1 or args.temperature <= 0:
         raise ZooError('--lrs, --ks and --temperature take positive numbers')
-    stem = Path(args.fit).stem if args.fit else Path(args.model).name.removesuffix('.ckpt')
-    args.output = args.output or Path('runs/probe') / stem.replace(':', '_')
-    return args, joined
+    path = Path(args.fit or args.model)
+    name = path.absolute().parents[1].name if path.suffix == '.ckpt' else path.name.removesuffix('.yaml')
+    args.output = args.output or Path('runs/probe') / name.replace(':', '_')
+    return args, settings
 
 
 def cli_probe(argv: list[str]) -> int:
