@@ -71,7 +71,7 @@ RUN += [
     '--trainer.limit_train_batches=12',
     '--trainer.accelerator=cpu',
 ]
-FEW = ['--steps=15', '--batch-size=64', '--lrs', '1e-3', '1e-2', '--ks', '5', '--hidden=32', '--device=cpu']
+FEW = ['--steps=40', '--batch-size=64', '--lrs', '1e-2', '3e-2', '--ks', '5', '--hidden=32', '--device=cpu']
 
 
 def test_fit_and_probe_then_probe_again(tmp_path, monkeypatch, capsys):
