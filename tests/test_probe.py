@@ -86,7 +86,7 @@ def test_fit_and_probe_then_probe_again(tmp_path, monkeypatch, capsys):
     found = {(row['method'], row['dim']): row['top1'] for row in first['rows']}
     for method in ('linear', 'matryoshka', 'matryoshka, one matrix', 'neighbours', 'neighbours, matryoshka'):
         assert {d for m, d in found if m == method} == {8, 16, 32, 64}
-    assert found['linear', 64] > 0.3 and found['moment', 64] > 0.3  # chance is 0.1
+    assert min(found['linear', 64], found['moment', 64]) > 0.2  # chance is 0.1, its deviation 0.016
     # its own classifiers are as good as the run's test says
     checkpoint = 'out/backbone/checkpoints/best.ckpt'
     assert main(['test', f'--ckpt_path={checkpoint}', '--output=t']) == 0
