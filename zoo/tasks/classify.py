@@ -281,8 +281,9 @@ class Classify(FittingModule):
         if nested is None:
             return self(images)
         outputs = self.eval_net.nested(self._layout(images))
-        for metric, logits in zip(nested.values(), outputs):
-            metric.update(logits.float(), target)
+        by_name = dict(nested.items(keep_base=True))  # a collection sorts its metrics by name
+        for d, logits in zip(self.dims, outputs):
+            by_name[f'top1_{d}'].update(logits.float(), target)
         return outputs[-1]
 
     def _log_metrics(self, metrics: MetricCollection) -> None:
