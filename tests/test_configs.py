@@ -81,6 +81,7 @@ def test_takes_two_steps(path, images, tmp_path, monkeypatch, capsys):
         overrides += ['--model.num_classes=2']
     if config['data']['class_path'].endswith('HubImages'):
         classes = config['model']['init_args']['num_classes']
+        classes = max([classes - 1, *config['data']['init_args'].get('classes', [])]) + 1
         overrides += [f'--data.path={parquet(tmp_path / "data", classes)}', f'--data.cache_dir={tmp_path / "cache"}']
         overrides += ['--data.batch_size=2', '--data.num_workers=0']
     if config['data']['class_path'].endswith('ImageQuestions'):
@@ -98,11 +99,15 @@ def test_takes_two_steps(path, images, tmp_path, monkeypatch, capsys):
             '--model.distill.pretrained=false',
             '--model.distill.size=32',
         ]
+    if config['model']['init_args'].get('pretrained'):
+        overrides += ['--model.pretrained=false']
+    if config['model']['init_args']['net'].startswith('vit_base'):
+        overrides += ['--model.net_kwargs={img_size: 32, depth: 1}']
     overrides += ['--trainer.enable_checkpointing=false'] if big else []
     if path.stem in ('ravlt_base', 'ravlt_large'):  # deeper than what the small ones show
         overrides += ['--model.net_kwargs={drop_path_rate: 0.4, depths: [1, 1, 1, 1]}']
     assert main(['fit', f'--config={path}', *overrides]) == 0, capsys.readouterr().err
-    run = tmp_path / 'runs' / path.stem
+    run = tmp_path / 'runs' / config['run']['name']
     assert (run / 'checkpoints' / 'last.ckpt').is_file() or big
     saved = yaml.safe_load((run / 'config.yaml').read_text())
     assert saved['trainer']['max_steps'] == 2

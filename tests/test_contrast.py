@@ -330,8 +330,8 @@ TINY_RUN = [
     '--model=zoo.tasks.Contrast',
     '--model.image={name: test_vig, kwargs: {img_size: 48, patch_size: 16, depth: 1, drop_path_rate: 0.2}}',
     '--model.text={kind: linear, width: 32, heads: 2, layers: 1, context_length: 12, words: the a of at that is '
-    'picture something red green blue yellow purple cyan orange white circle square triangle diamond plus cross ring moon '
-    'top middle bottom left center right}',
+    'picture something red green blue yellow purple cyan orange white circle square triangle diamond plus cross '
+    'ring moon top middle bottom left center right}',
     '--model.embed_dim=16',
     '--model.zero_shot.templates=["the {}", "a picture of the {}"]',
     '--model.optim.lr_per=null',

@@ -103,7 +103,7 @@ def test_doctor():
         assert paths['cpu'].startswith('torch') and 'BROKEN' not in str(paths)
 
 
-@pytest.mark.parametrize('verb', ['list', 'info', 'configs', 'doctor', 'export', 'bench'])
+@pytest.mark.parametrize('verb', ['list', 'info', 'configs', 'doctor', 'export', 'bench', 'probe'])
 def test_help(verb, capsys):
     with pytest.raises(SystemExit) as stop:
         main([verb, '--help'])

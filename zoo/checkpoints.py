@@ -74,9 +74,8 @@ def load_net(path: str | os.PathLike, ema: bool = True) -> tuple[torch.nn.Module
     Returns:
         The network in evaluation mode, and a dictionary with net, num_classes, net_kwargs, class_names and view.
     """
-    import timm
-
     import zoo  # noqa: F401  registers the zoo's models
+    from zoo.heads.classify import create_classifier
 
     checkpoint = read_checkpoint(path)
     hparams = checkpoint.get('hyper_parameters') or {}
@@ -86,7 +85,8 @@ def load_net(path: str | os.PathLike, ema: bool = True) -> tuple[torch.nn.Module
         raise ZooError(
             f'{path} is of the task {task}, not a classifier: zoo.tasks.{task}.load_from_checkpoint reads it'
         )
-    net = timm.create_model(hparams['net'], num_classes=hparams['num_classes'], **(hparams['net_kwargs'] or {}))
+    head = [hparams.get(k, default) for k, default in (('head', 'linear'), ('head_kwargs', None), ('freeze', None))]
+    net = create_classifier(hparams['net'], hparams['num_classes'], *head, **(hparams['net_kwargs'] or {}))
     state = checkpoint['state_dict']
     prefix = 'ema.module.' if ema and any(k.startswith('ema.module.') for k in state) else 'net.'
     net.load_state_dict({k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)})

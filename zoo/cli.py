@@ -20,6 +20,7 @@ TOOLS = {
     'chat': ('zoo.tools.chat', 'cli_chat'),
     'eval-vlm': ('zoo.tools.eval_vlm', 'cli_eval_vlm'),
     'generate-image': ('zoo.tools.generate_image', 'cli_generate_image'),
+    'probe': ('zoo.tools.probe', 'cli_probe'),
     'cache-latents': ('zoo.tools.cache_latents', 'cli_cache_latents'),
 }
 
@@ -32,6 +33,7 @@ Train and use
   test      --ckpt_path FILE                              test a trained checkpoint
   validate  --ckpt_path FILE                              the same on the validation split
   predict   --ckpt_path FILE --images FILE_OR_FOLDER ...  write predictions.csv and contact_sheet.png
+  probe     CKPT_OR_NAME [--config NAME]                  linear, moment, Matryoshka and neighbour probes in one table
 
 Vision-language models
   chat MODEL --image FILE "QUESTION"                      ask one; MODEL is a folder or hub name

@@ -167,6 +167,10 @@ class ImageData(ResumableData):
     def num_classes(self) -> int:
         return len(self.class_names)
 
+    def in_order(self, split: str) -> DataLoader:
+        """Batches of a split in its order and without augmentation; a missing test split is the val split."""
+        return self._eval_loader(self._present(split))
+
     def whole(self, split: str) -> tuple[torch.Tensor, torch.Tensor]:
         """All readable images of a split as the network sees them, without augmentation, and their labels.
 
@@ -176,7 +180,7 @@ class ImageData(ResumableData):
         Returns:
             fp32 (N, C, H, W) and int64 (N,), on the CPU.
         """
-        batches = [self.on_after_batch_transfer(batch, 0) for batch in self._eval_loader(self._present(split))]
+        batches = [self.on_after_batch_transfer(batch, 0) for batch in self.in_order(split)]
         return torch.cat([b['image'] for b in batches]), torch.cat([b['target'] for b in batches])
 
     def _present(self, split: str) -> str:

@@ -103,6 +103,7 @@ class HubImages(ImageData):
         test: Split to test on.
         image_column: Found by its type where not given.
         label_column: Found by its type where not given.
+        classes: Names or numbers of the classes to keep, in the order of their new numbers; null keeps all.
         val_fraction: Share of the training images held out where there is no validation split.
         cache_dir: Where downloads are kept; the default is Hugging Face's.
         kwargs: See ImageData.
@@ -117,6 +118,7 @@ class HubImages(ImageData):
         test: str = 'test',
         image_column: str | None = None,
         label_column: str | None = None,
+        classes: list[int | str] | None = None,
         val_fraction: float = 0.1,
         cache_dir: str | None = None,
         **kwargs: Any,
@@ -124,7 +126,7 @@ class HubImages(ImageData):
         super().__init__(**kwargs)
         self.path, self.name, self.val_fraction, self.cache_dir = path, name, val_fraction, cache_dir
         self.split_names = {'train': train, 'val': val, 'test': test}
-        self.image_column, self.label_column = image_column, label_column
+        self.image_column, self.label_column, self.classes = image_column, label_column, classes
 
     def open_splits(self) -> None:
         tables = load_tables(self.path, self.name, list(self.split_names.values()), self.cache_dir)
@@ -134,9 +136,14 @@ class HubImages(ImageData):
         features = next(iter(found.values())).features
         image, label = self._columns(features)
         to_label = self._read_classes(found, label)
+        if self.classes is not None:
+            to_label = self._keep_classes(to_label)
         for split, rows in found.items():
             rows = rows.cast_column(image, undecoded())
-            self.splits[split] = _Rows(rows, image, label, to_label, f'{self.path} {self.split_names[split]}')
+            source = _Rows(rows, image, label, to_label, f'{self.path} {self.split_names[split]}')
+            if self.classes is not None:
+                source = Subset(source, [i for i, value in enumerate(rows[label]) if value in to_label])
+            self.splits[split] = source
         if 'val' not in self.splits and 'train' in self.splits:
             whole = self.splits['train']
             kept, held = hold_out(len(whole), self.val_fraction)
@@ -166,6 +173,20 @@ class HubImages(ImageData):
         values = sorted({value for rows in found.values() for value in rows.unique(label)})
         self.class_names = [str(value) for value in values]
         return {value: number for number, value in enumerate(values)}
+
+    def _keep_classes(self, to_label: dict[Any, int] | None) -> dict[Any, int]:
+        numbers: dict[int | str, int] = {key: i for i, name in enumerate(self.class_names) for key in (i, name)}
+        unknown = [str(name) for name in self.classes if name not in numbers]
+        kept = [numbers[name] for name in self.classes if name in numbers]
+        if unknown or len(set(kept)) != len(kept) or not kept:
+            raise ZooError(
+                f'{self.path}: data.classes must hold different ones of {", ".join(self.class_names[:20])}, or their '
+                'numbers' + (f'; there is no {", ".join(unknown)}' if unknown else '')
+            )
+        former = to_label or {number: number for number in range(len(self.class_names))}
+        new = {number: i for i, number in enumerate(kept)}
+        self.class_names = [self.class_names[number] for number in kept]
+        return {value: new[number] for value, number in former.items() if number in new}
 
 
 def undecoded() -> Any:

@@ -1,4 +1,4 @@
-"""Image classification: any timm model, timm's recipe ingredients, resumable to the bit."""
+"""Image classification: any timm model, other heads, timm's recipe ingredients, resumable to the bit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from torch import nn
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
+from zoo.checkpoints import read_checkpoint
 from zoo.errors import ZooError
+from zoo.heads.classify import Headed, create_classifier, nested_loss
 from zoo.report import TestReport
 from zoo.tasks.distill import Distill, Teacher
 from zoo.tasks.fitting import FittingModule
@@ -68,6 +70,10 @@ class Classify(FittingModule):
         num_classes: Number of classes.
         net_kwargs: Further arguments of timm.create_model, such as img_size or drop_path_rate.
         pretrained: Whether to start from published weights.
+        head: The model's own linear classifier, or a head of zoo.heads.classify over its features.
+        head_kwargs: Options of the head, such as batch_norm, dims or num_heads; with any, linear is one of those too.
+        freeze: backbone trains the head alone, over features that no longer change; its dropout and the like are off.
+        init: Checkpoint of an earlier run, whose backbone this one starts from.
         optim: Optimizer.
         schedule: Learning rate over time.
         mix: Mixup and cutmix.
@@ -86,6 +92,10 @@ class Classify(FittingModule):
         num_classes: int = 1000,
         net_kwargs: dict[str, Any] | None = None,
         pretrained: bool = False,
+        head: Literal['linear', 'moment', 'matryoshka'] = 'linear',
+        head_kwargs: dict[str, Any] | None = None,
+        freeze: Literal['backbone'] | None = None,
+        init: str | None = None,
         optim: Optim = Optim(),  # noqa: B008  jsonargparse takes the defaults of the fields from here
         schedule: Schedule = Schedule(),  # noqa: B008
         mix: Mix = Mix(),  # noqa: B008
@@ -106,8 +116,9 @@ class Classify(FittingModule):
             check_finite,
             channels_last,
         )
-        self.net_name, self.num_classes = net, num_classes
-        self.net = build_net(net, num_classes, pretrained, net_kwargs or {})
+        self.net_name, self.num_classes, self.head_name, self.init = net, num_classes, head, init
+        self.net = build_net(net, num_classes, pretrained, net_kwargs or {}, head, head_kwargs, freeze)
+        self.dims: tuple[int, ...] = self.net.head.dims if isinstance(self.net, Headed) else ()
         if channels_last:
             self.net.to(memory_format=torch.channels_last)
         self.criterion, self.mixup = build_loss(loss, smoothing, as_dataclass(Mix, mix), num_classes)
@@ -117,6 +128,8 @@ class Classify(FittingModule):
         self.val_metrics = build_metrics(num_classes, 'val/')
         self.raw_metrics = build_metrics(num_classes, 'val/raw_') if self.ema else None
         self.test_metrics = build_metrics(num_classes, 'test/')
+        self.val_nested = build_nested(num_classes, self.dims, 'val/') if self.dims else None
+        self.test_nested = build_nested(num_classes, self.dims, 'test/') if self.dims else None
         # kept out of the module tree: a second name for the weights, and a network that is not ours to save
         self.__dict__['_train_net'] = torch.compile(self.net) if compile else self.net
         self.__dict__['_teacher'] = None
@@ -135,25 +148,27 @@ class Classify(FittingModule):
         images, target = self._unpack(batch)
         if not len(target):
             return
-        update_metrics(self.val_metrics, self(images), target)
+        update_metrics(self.val_metrics, self._evaluate(images, target, self.val_nested), target)
         if self.raw_metrics is not None:
             update_metrics(self.raw_metrics, self.net(self._layout(images)), target)
 
     def on_validation_epoch_end(self) -> None:
-        self._log_metrics(self.val_metrics)
-        if self.raw_metrics is not None:
-            self._log_metrics(self.raw_metrics)
+        for metrics in (self.val_metrics, self.raw_metrics, self.val_nested):
+            if metrics is not None:
+                self._log_metrics(metrics)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, torch.Tensor] | None:
         images, target = self._unpack(batch)
         if not len(target):
             return None
-        logits = self(images).float()
+        logits = self._evaluate(images, target, self.test_nested).float()
         update_metrics(self.test_metrics, logits, target)
         return {'logits': logits, 'target': target}
 
     def on_test_epoch_end(self) -> None:
         self._log_metrics(self.test_metrics)
+        if self.test_nested is not None:
+            self._log_metrics(self.test_nested)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
         images, _ = self._unpack(batch)
@@ -173,7 +188,9 @@ class Classify(FittingModule):
     def headline(self, split: str, metrics: Any) -> str:
         """The line that people look for."""
         name = 'validation' if split == 'val' else split
-        return f'{name} accuracy: {100 * float(metrics[f"{split}/top1"]):.2f} %'
+        nested = [f'{d}: {100 * float(metrics[f"{split}/top1_{d}"]):.2f} %' for d in self.dims]
+        widths = f' (by features used, {", ".join(nested)})' if nested else ''
+        return f'{name} accuracy: {100 * float(metrics[f"{split}/top1"]):.2f} %{widths}'
 
     def report_callback(self, folder: Path, samples: Path | None) -> Callback:
         """What writes the report of a test.
@@ -192,8 +209,9 @@ class Classify(FittingModule):
         labels = target
         if self.mixup is not None:
             images, target = self.mixup(images, target)
-        logits = self._train_net(images)
-        loss = self.criterion(logits.float(), target)
+        outputs = self._train_net(images)
+        loss = nested_loss(self.criterion, outputs, target, self.net.head.loss_weights if self.dims else (1.0,))
+        logits = outputs[-1] if self.dims else outputs
         if self._teacher is not None:
             loss = self.distill.combine(loss, self._teacher.loss(logits, images))
         if self.check_finite and not torch.isfinite(loss):
@@ -226,6 +244,10 @@ class Classify(FittingModule):
             self.__dict__['_teacher'] = teacher
 
     def on_fit_start(self) -> None:
+        if self.init:
+            load_backbone(self.net, self.init)
+            if self.ema is not None:
+                self.ema.module.load_state_dict(self.net.state_dict())
         if self._teacher is not None:
             self._teacher.to(self.device)
 
@@ -236,10 +258,12 @@ class Classify(FittingModule):
         saved = checkpoint.get('zoo') or {}
         self.class_names, self.view = saved.get('class_names') or self.class_names, saved.get('view') or self.view
         theirs = checkpoint.get('hyper_parameters', {})
-        for key, mine in (('net', self.net_name), ('num_classes', self.num_classes)):
+        theirs = {'head': 'linear', **theirs}  # from before there were others
+        for key, mine in (('net', self.net_name), ('num_classes', self.num_classes), ('head', self.head_name)):
             if theirs.get(key, mine) != mine:
                 raise ZooError(f'the checkpoint holds model.{key} {theirs[key]}, the config asks for {mine}')
         adapt_ema(checkpoint['state_dict'], wanted=self.ema is not None)
+        self.init = None  # this checkpoint has all that the run started from
 
     # helpers
 
@@ -251,6 +275,16 @@ class Classify(FittingModule):
             self.trainer.datamodule.report_failures(batch['failures'])
         return batch['image'], batch['target']
 
+    def _evaluate(self, images: torch.Tensor, target: torch.Tensor, nested: MetricCollection | None) -> torch.Tensor:
+        """Logits; those of the narrower classifiers are counted, where the head has any."""
+        if nested is None:
+            return self(images)
+        outputs = self.eval_net.nested(self._layout(images))
+        by_name = dict(nested.items(keep_base=True))  # a collection sorts its metrics by name
+        for d, logits in zip(self.dims, outputs):
+            by_name[f'top1_{d}'].update(logits.float(), target)
+        return outputs[-1]
+
     def _log_metrics(self, metrics: MetricCollection) -> None:
         values = metrics.compute()
         for name, value in values.items():
@@ -259,16 +293,52 @@ class Classify(FittingModule):
         metrics.reset()
 
 
-def build_net(name: str, num_classes: int, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
-    """timm.create_model with errors that name what to type instead."""
+def build_net(
+    name: str,
+    num_classes: int,
+    pretrained: bool,
+    kwargs: dict[str, Any],
+    head: str = 'linear',
+    head_kwargs: dict[str, Any] | None = None,
+    freeze: str | None = None,
+) -> nn.Module:
+    """A timm model, perhaps with another head, with errors that name what to type instead."""
     base = name.split(':', 1)[-1].split('.')[0]
     if ':' not in name and not timm.is_model(base):
         close = difflib.get_close_matches(base, timm.list_models(), n=5, cutoff=0.5)
         raise ZooError(f'no model named {name!r}' + (f'; close: {", ".join(close)}' if close else ''))
     try:
-        return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **kwargs)
+        return create_classifier(name, num_classes, head, head_kwargs, freeze, pretrained=pretrained, **kwargs)
     except TypeError as error:
         raise ZooError(f'model {name} does not take these arguments: {kwargs}\n{error}') from error
+    except ValueError as error:
+        if not str(error).startswith(('head ', 'no head ')):
+            raise
+        raise ZooError(f'{error}; see model.head and model.head_kwargs') from error
+
+
+def load_backbone(net: nn.Module, path: str) -> None:
+    """Takes the backbone of an earlier run, averaged weights where there are any; a classifier is left as it is.
+
+    Args:
+        net: Network of this run.
+        path: Checkpoint of the earlier one.
+
+    Raises:
+        ZooError: the checkpoint holds another backbone.
+    """
+    state = read_checkpoint(path)['state_dict']
+    prefix = 'ema.module.' if any(k.startswith('ema.module.') for k in state) else 'net.'
+    state = {k.removeprefix(prefix).removeprefix('backbone.'): v for k, v in state.items() if k.startswith(prefix)}
+    backbone = net.backbone if isinstance(net, Headed) else net
+    own = backbone.state_dict()
+    fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
+    head = {id(t) for t in net.get_classifier().state_dict(keep_vars=True).values()} if backbone is net else set()
+    missing = [k for k, v in backbone.state_dict(keep_vars=True).items() if k not in fitting and id(v) not in head]
+    if missing:
+        more = f' and {len(missing) - 3} more' if len(missing) > 3 else ''
+        raise ZooError(f'{path} holds another backbone (model.init): no {", ".join(missing[:3])}{more} of these shapes')
+    backbone.load_state_dict({**own, **fitting})
 
 
 def build_loss(loss: str, smoothing: float, mix: Mix, num_classes: int) -> tuple[nn.Module, Mixup | None]:
@@ -312,6 +382,12 @@ def build_metrics(num_classes: int, prefix: str) -> MetricCollection:
     }
     if num_classes > 5:
         metrics['top5'] = MulticlassAccuracy(num_classes, top_k=5, average='micro')
+    return MetricCollection(metrics, prefix=prefix, compute_groups=False)
+
+
+def build_nested(num_classes: int, dims: tuple[int, ...], prefix: str) -> MetricCollection:
+    """Top-1 of the classifiers of the first d features."""
+    metrics: dict[str, Any] = {f'top1_{d}': MulticlassAccuracy(num_classes, average='micro') for d in dims}
     return MetricCollection(metrics, prefix=prefix, compute_groups=False)
 
 
