@@ -72,7 +72,7 @@ class LinearSelfAttention(Attention):
         dropout: of the output.
     """
 
-    _folded_from: tuple[int, ...] | None = None
+    _folded_from: tuple | None = None
 
     def __init__(
         self,
@@ -108,9 +108,13 @@ class LinearSelfAttention(Attention):
         """
         for name in [name for name in self._buffers if name.startswith('folded_')]:
             del self._buffers[name]
-        self._folded_from = self._versions() if fuse else None
-        if self._folded_from is None:
-            return
+        self._folded_from = None
+        parts = [self.to_q, self.to_k, self.to_v, *self.to_q_.children(), *self.to_k_.children()]
+        if not fuse or {type(x) for x in parts} - {nn.Linear, nn.LayerNorm, nn.LeakyReLU}:
+            return  # with an adapter a projection is more than its weight
+        sources = [p for x in parts for p in x.parameters()]
+        modules = [self.to_q, self.to_k, self.to_v, self.to_q_, self.to_k_]
+        self._folded_from = modules, sources, [p._version for p in sources]
         wide = lambda x: x.detach().double()  # noqa: E731
         weights, biases, inner = [], [], not isinstance(self.to_q_, nn.Identity)
         for linear, mlp in ((self.to_q, self.to_q_), (self.to_k, self.to_k_), (self.to_v, None)):
@@ -132,24 +136,19 @@ class LinearSelfAttention(Attention):
         for name, x in folded.items():
             self.register_buffer(f'folded_{name}', x.to(self.to_q.weight.dtype), persistent=False)
 
-    def _versions(self) -> tuple[int, ...] | None:
-        """Changes with every change of a weight; None where a projection is more than its weight, as with adapters."""
-        linear = [self.to_q, self.to_k, self.to_v]
-        for mlp in (self.to_q_, self.to_k_):
-            if not isinstance(mlp, nn.Identity):
-                linear += [mlp[0], mlp[3]]
-                if type(mlp[1]) is not nn.LayerNorm:
-                    return None
-        if any(type(x) is not nn.Linear for x in linear):
-            return None
-        return tuple([p._version for p in self.parameters()])
-
     def _uses_folded(self) -> bool:
-        if torch.is_grad_enabled() or not isinstance(self.processor, processors.FusedAttnProcessor2_0):
+        """Whether weights are folded, and neither they nor the modules that they belong to have changed since."""
+        if self._folded_from is None or torch.is_grad_enabled():
             return False
-        if self._folded_from is None:
+        if not isinstance(self.processor, processors.FusedAttnProcessor2_0):
             return False
-        return torch.compiler.is_compiling() or self._folded_from == self._versions()
+        if torch.compiler.is_compiling():
+            return True
+        modules, sources, versions = self._folded_from
+        if [p._version for p in sources] != versions:
+            return False
+        own = self._modules
+        return modules == [own['to_q'], own['to_k'], own['to_v'], own['to_q_'], own['to_k_']]
 
     def _folded(self, x: Tensor) -> Tensor:
         """Queries, keys and values side by side, (B, N, 3 dim)."""
