@@ -323,7 +323,8 @@ class Contrast(FittingModule):
         visual = self.net.visual
         training = {module: module.training for module in visual.modules()}
         try:
-            visual.eval()(torch.zeros(1, view.channels, view.size, view.size, device=self.device))
+            device = next(visual.parameters()).device  # not there yet where the run will be
+            visual.eval()(torch.zeros(1, view.channels, view.size, view.size, device=device))
         except (AssertionError, RuntimeError, ValueError) as error:
             raise ZooError(
                 f'the image tower of {self.net_name} does not take {view.channels} x {view.size} x {view.size} pixels: '
