@@ -14,9 +14,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from zoo.kernels import _dispatch
 from zoo.kernels import linear_attention as ops
-from zoo.kernels import rank_augmented as mixer_module
 from zoo.kernels.linear_attention import linear_attention, naive_linear_attention, naive_rank_augmented, rank_augmented
-from zoo.kernels.rank_augmented import rank_augmented_mixer
 from zoo.kernels.rope import apply_rope, axial_rope_tables
 
 import zoo
@@ -215,52 +213,6 @@ def test_opcheck():
     torch.library.opcheck(ops._rank_op.custom, (q, k, v, lepe, None, 3, 4, 1e-6))
 
 
-def mixer_formula(qkvo, weight, bias, height, width):
-    q, k, v, o = qkvo.chunk(4, 2)
-    as_map = v.flatten(2).unflatten(1, (height, width)).permute(0, 3, 1, 2)
-    lepe = F.conv2d(as_map, weight, bias, padding=weight.shape[-1] // 2, groups=len(weight))
-    lepe = lepe.flatten(2).mT.unflatten(-1, v.shape[2:])
-    return naive_rank_augmented(q, k, v, height=height, width=width, lepe=lepe, gate=o)
-
-
-# B, height, width, H, D, kernel size, bias, dtype
-MIXER = [(2, 5, 7, 2, 16, 5, True, torch.float32), (1, 11, 13, 1, 64, 3, False, torch.bfloat16)]
-
-
-@pytest.mark.parametrize('case', MIXER, ids=str)
-@backends
-def test_mixer_of_a_fused_projection(backend, case, poison, short_parts):
-    """Values and all gradients, that of the whole projection in one tensor."""
-    batch, height, width, heads, dim, size, has_bias, dtype = case
-    rng = torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.randn(shape, generator=rng, dtype=torch.float64).to(dtype)  # noqa: E731
-    inputs = [draw(batch, height * width, 4 * heads, dim), draw(heads * dim, 1, size, size).float() * 0.2]
-    inputs += [draw(heads * dim).float()] * has_bias
-    ours, exact = ([x.to(t).requires_grad_() for x in inputs] for t in (None, torch.float64))
-    upstream = draw(batch, height * width, heads, dim)
-    with zoo.kernel_backend(backend):
-        y = rank_augmented_mixer(*ours, height=height, width=width)
-        found = [y, *torch.autograd.grad(y, ours, upstream)]
-    qkvo, weight, bias = [*exact, None][:3]
-    expected = mixer_formula(qkvo, weight, bias, height, width)
-    expected = [expected, *torch.autograd.grad(expected, exact, upstream.double())]
-    assert [x.dtype for x in found] == [dtype, *(x.dtype for x in ours)]
-    errors = [relative_rms(a, b) for a, b in zip(found, expected)]
-    assert max(errors) < LIMITS[dtype] * 2, errors
-
-
-@pytest.mark.skipif(not HAS_TRITON, reason='Triton is not installed')
-def test_mixer_is_one_op_for_the_compiler():
-    qkvo, weight, bias = (torch.randn(shape) for shape in ((1, 6, 8, 8), (16, 1, 3, 3), (16,)))
-    args = [x.requires_grad_() for x in (qkvo, weight, bias)]
-    with zoo.kernel_backend('triton'):
-        torch.library.opcheck(mixer_module._op.custom, (*args, 3, 1e-6))
-        call = lambda x: rank_augmented_mixer(x, weight, bias, height=2, width=3)  # noqa: E731
-        compiled = torch.compile(call, backend='aot_eager', fullgraph=True)
-        expected, found = (torch.autograd.grad(f(qkvo).square().sum(), args[:1])[0] for f in (call, compiled))
-        torch.testing.assert_close(found, expected)
-
-
 class Both(torch.nn.Module):
     """Both ops on slices of one projection of an image (B, h, w, C)."""
 
@@ -316,7 +268,6 @@ def test_naive_backend():
 
 def test_errors_name_the_argument():
     q, k, v = (torch.rand(1, 12, 1, 8) for _ in range(3))
-    qkvo, weight = torch.rand(1, 12, 4, 8), torch.rand(8, 1, 5, 5)
     kwargs = dict(height=3, width=4)
     cases = [
         (lambda: linear_attention(q[0], k, v), 'q and k must both be'),
@@ -327,11 +278,6 @@ def test_errors_name_the_argument():
         (lambda: rank_augmented(q[..., :6], k[..., :6], v[..., :6], **kwargs), 'multiple of 4'),
         (lambda: rank_augmented(q, k, v, lepe=v[:, :3], **kwargs), "lepe must have v's shape"),
         (lambda: rank_augmented(q, k, v, gate=v.half(), **kwargs), "gate must have v's shape"),
-        (lambda: rank_augmented_mixer(q, weight, **kwargs), r'qkvo must be \(B, T, 4 H, D\)'),
-        (lambda: rank_augmented_mixer(qkvo, weight[:4], **kwargs), r'weight must be \(8, 1, k, k\)'),
-        (lambda: rank_augmented_mixer(qkvo, weight[..., :4, :4], **kwargs), 'odd kernel size'),
-        (lambda: rank_augmented_mixer(qkvo, weight, q[0, 0, 0, :4], **kwargs), r'bias must be \(8,\)'),
-        (lambda: rank_augmented_mixer(qkvo, weight, height=3, width=5), r'height \* width must be T = 12'),
     ]
     for call, message in cases:
         with pytest.raises(ValueError, match=message):

@@ -51,7 +51,7 @@ from zoo.kernels.linear_attention import MAX_TRITON_DIM
 from zoo.kernels.rope import LOG2_BASE
 
 MAX_PARTS = 1024
-NUMBERS = [*SIZES, 'n_table', 'width', 'HO'] + [x + y for x in ('lepe', 'gate', 'dy', 'dr') for y in ('_b', '_t', '_h')]
+NUMBERS = [*SIZES, 'n_table', 'width'] + [x + y for x in ('lepe', 'gate', 'dy', 'dr') for y in ('_b', '_t', '_h')]
 
 
 def config(dtype: torch.dtype, D: int, backward: bool) -> Config:
@@ -274,14 +274,11 @@ def rala_fwd_kernel_out(q, lepe, gate, y, kv, key, table, T, per, H, eps, n_tabl
 
 
 @triton.jit(do_not_specialize=NUMBERS)
-def rala_bwd_kernel_queries(q, lepe, gate, dy, dlepe, dgate, kv, key, table, dkv, dkey, T, per, H, HO, eps, n_table,
+def rala_bwd_kernel_queries(q, lepe, gate, dy, dlepe, dgate, kv, key, table, dkv, dkey, T, per, H, eps, n_table,
                             width, q_b, q_t, q_h, lepe_b, lepe_t, lepe_h, gate_b, gate_t, gate_h, dy_b, dy_t, dy_h,
                             D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, A: tl.constexpr,
                             CT: tl.constexpr, PREC: tl.constexpr, LEPE: tl.constexpr, GATE: tl.constexpr):  # fmt: skip
-    """Gradients of lepe and gate, and a part's share of those of the sums; dkey has a row per value block too.
-
-    The rows of dgate are HO heads wide, as are those of dk, dv and dq in the kernels after this one.
-    """
+    """Gradients of lepe and gate, and a part's share of those of the sums; dkey has a row per value block too."""
     b, h, first, n = place(T, per, H)
     rows, cols, iv = tl.arange(0, BT), tl.arange(0, BD), tl.program_id(2)
     cols_v, head = iv * BV + tl.arange(0, BV), tl.program_id(1).to(tl.int64)
@@ -294,7 +291,7 @@ def rala_bwd_kernel_queries(q, lepe, gate, dy, dlepe, dgate, kv, key, table, dkv
         dlepe += ((b * T + first) * H + h) * D
     if GATE:
         gate = start(gate, b, h, first, gate_b, gate_t, gate_h, A)
-        dgate += ((b * T + first) * HO + h) * D
+        dgate += ((b * T + first) * H + h) * D
     token = first.to(tl.int32) + rows
     single = tl.zeros((BT, BD), tl.float32)
     total = tl.zeros((BD, BV), tl.float32)
@@ -311,8 +308,8 @@ def rala_bwd_kernel_queries(q, lepe, gate, dy, dlepe, dgate, kv, key, table, dkv
             if LEPE:
                 out += load_tile(lepe, rows, cols_v, lepe_t * A, ok, D, BV).to(tl.float32)
                 lepe += BT * (lepe_t * A).to(tl.int64)
-            store_tile(dgate, dr * out, rows, cols_v, HO * D, ok, D, BV)
-            dgate += BT * (HO * D).to(tl.int64)
+            store_tile(dgate, dr * out, rows, cols_v, H * D, ok, D, BV)
+            dgate += BT * (H * D).to(tl.int64)
             dr *= load_tile(gate, rows, cols_v, gate_t * A, ok, D, BV).to(tl.float32)
             gate += BT * (gate_t * A).to(tl.int64)
         if LEPE or GATE:
@@ -331,11 +328,11 @@ def rala_bwd_kernel_queries(q, lepe, gate, dy, dlepe, dgate, kv, key, table, dkv
 
 
 @triton.jit(do_not_specialize=NUMBERS)
-def rala_bwd_kernel_keys(k, v, more, dk, dv, kv, key, qbar, norm, table, dkv, dkey, dqbar, T, per, H, HO, n_table,
+def rala_bwd_kernel_keys(k, v, dk, dv, kv, key, qbar, norm, table, dkv, dkey, dqbar, T, per, H, n_table,
                          width, k_b, k_t, k_h, v_b, v_t, v_h, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
                          BV: tl.constexpr, NV: tl.constexpr, A: tl.constexpr, CT: tl.constexpr,
-                         PREC: tl.constexpr, MORE: tl.constexpr):  # fmt: skip
-    """dk, dv and a part's share of dqbar; `more` (B, T, H, D) is another gradient of v, added to dv."""
+                         PREC: tl.constexpr):  # fmt: skip
+    """dk, dv and a part's share of dqbar."""
     b, h, first, n = place(T, per, H)
     rows, cols, block = tl.arange(0, BT), tl.arange(0, BD), tl.arange(0, BV)
     head = tl.program_id(1).to(tl.int64)
@@ -355,11 +352,9 @@ def rala_bwd_kernel_keys(k, v, more, dk, dv, kv, key, qbar, norm, table, dkv, dk
         state = load_state(dkv, cols, block, D, D).to(CT)
     scale = 1.0 / tl.sqrt(float(D))
     k, v = start(k, b, h, first, k_b, k_t, k_h, A), start(v, b, h, first, v_b, v_t, v_h, A)
-    to = ((b * T + first) * HO + h) * D
+    to = ((b * T + first) * H + h) * D
     dk += to
     dv += to
-    if MORE:
-        more += ((b * T + first) * H + h) * D
     token = first.to(tl.int32) + rows
     single = tl.zeros((BT, BD), tl.float32)
     for t in range(0, n, BT):
@@ -373,9 +368,7 @@ def rala_bwd_kernel_keys(k, v, more, dk, dv, kv, key, qbar, norm, table, dkv, dk
             x = load_tile(v, rows, block, v_t * A, ok, D, BV).to(CT)
             back = tl.dot(x, tl.trans(state), input_precision=PREC)
             grad = tl.dot(turned, state, input_precision=PREC)
-            if MORE:
-                grad += load_tile(more, rows, block, H * D, ok, D, BV).to(tl.float32)
-            store_tile(dv, grad, rows, block, HO * D, ok, D, BV)
+            store_tile(dv, grad, rows, block, H * D, ok, D, BV)
         else:
             back = tl.zeros((BT, BD), tl.float32)
             for j in range(NV):
@@ -383,26 +376,22 @@ def rala_bwd_kernel_keys(k, v, more, dk, dv, kv, key, qbar, norm, table, dkv, dk
                 part = load_state(dkv, cols, j * BV + block, D, D).to(CT)
                 back = tl.dot(x, tl.trans(part), back, input_precision=PREC)
                 grad = tl.dot(turned, part, input_precision=PREC)
-                if MORE:
-                    grad += load_tile(more, rows, j * BV + block, H * D, ok, D, BV).to(tl.float32)
-                store_tile(dv, grad, rows, j * BV + block, HO * D, ok, D, BV)
+                store_tile(dv, grad, rows, j * BV + block, H * D, ok, D, BV)
         back = rotate(back, cos, -sin, BT, BD) + ds[None, :]
         dc = w * (tl.sum(kf * back, 1) - inner) * scale
         single += dc[:, None] * kf
         back = (back * w[:, None] + dc[:, None] * mean[None, :]) * tl.minimum(kf, 1.0)
-        store_tile(dk, back, rows, cols, HO * D, ok, D, BD)
+        store_tile(dk, back, rows, cols, H * D, ok, D, BD)
         k += BT * (k_t * A).to(tl.int64)
         v += BT * (v_t * A).to(tl.int64)
-        dk += BT * (HO * D).to(tl.int64)
-        dv += BT * (HO * D).to(tl.int64)
-        if MORE:
-            more += BT * (H * D).to(tl.int64)
+        dk += BT * (H * D).to(tl.int64)
+        dv += BT * (H * D).to(tl.int64)
     row = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + head
     tl.store(dqbar + row * D + cols, tl.sum(single, 0), mask=cols < D)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
-def rala_bwd_kernel_dq(q, dr, dq, kv, key, table, dqbar, T, per, H, HO, parts, eps, n_table, width, q_b, q_t, q_h,
+def rala_bwd_kernel_dq(q, dr, dq, kv, key, table, dqbar, T, per, H, parts, eps, n_table, width, q_b, q_t, q_h,
                        dr_b, dr_t, dr_h, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
                        NV: tl.constexpr, A: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr):  # fmt: skip
     b, h, first, n = place(T, per, H)
@@ -419,7 +408,7 @@ def rala_bwd_kernel_dq(q, dr, dq, kv, key, table, dqbar, T, per, H, HO, parts, e
         mean += tl.sum(tl.load(dqbar + (some[:, None] * heads + head) * D + cols[None, :], mask=ok, other=0.0), 0)
     mean = mean / T
     q, dr = start(q, b, h, first, q_b, q_t, q_h, A), start(dr, b, h, first, dr_b, dr_t, dr_h, A)
-    dq += ((b * T + first) * HO + h) * D
+    dq += ((b * T + first) * H + h) * D
     token = first.to(tl.int32) + rows
     for t in range(0, n, BT):
         ok = rows < n - t
@@ -438,10 +427,10 @@ def rala_bwd_kernel_dq(q, dr, dq, kv, key, table, dqbar, T, per, H, HO, parts, e
         back = rotate(back, cos, -sin, BT, BD) * inverse[:, None]
         u = -tl.sum(qf * back, 1) * inverse
         back = (back + u[:, None] * s[None, :] + mean[None, :]) * tl.minimum(qf, 1.0)
-        store_tile(dq, back, rows, cols, HO * D, ok, D, BD)
+        store_tile(dq, back, rows, cols, H * D, ok, D, BD)
         q += BT * (q_t * A).to(tl.int64)
         dr += BT * (dr_t * A).to(tl.int64)
-        dq += BT * (HO * D).to(tl.int64)
+        dq += BT * (H * D).to(tl.int64)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -510,15 +499,8 @@ def rank_augmented_fwd(q, k, v, lepe, gate, height: int, width: int, eps: float)
     return y, kv, key, qbar, norm, table
 
 
-def rank_augmented_bwd(
-    q, k, v, lepe, gate, kv, key, qbar, norm, table, dy, width: int, eps: float, out=None, local=None
-):
-    """Gradients dq, dk, dv, dlepe (or None), dgate (or None); `kv` to `table` are those of the forward pass.
-
-    Args:
-        out: where dq, dk, dv and dgate go, slices of one contiguous (B, T, heads, D); fresh tensors by default.
-        local: a function of dlepe that gives another gradient of v, (B, T, H, D) contiguous, which dv then includes.
-    """
+def rank_augmented_bwd(q, k, v, lepe, gate, kv, key, qbar, norm, table, dy, width: int, eps: float):
+    """Gradients dq, dk, dv, dlepe (or None), dgate (or None); `kv` to `table` are those of the forward pass."""
     q, k, v, dy = rows(q), rows(k), rows(v), rows(dy)
     lepe, gate = (x if x is None else rows(x) for x in (lepe, gate))
     extra = [x for x in (lepe, gate) if x is not None]
@@ -526,8 +508,7 @@ def rank_augmented_bwd(
     cfg, B, T, H, D = plan.cfg, plan.B, plan.T, plan.H, plan.D
     n = table.shape[1]
     fresh = lambda: torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)  # noqa: E731
-    dq, dk, dv, dgate = out or (fresh(), fresh(), fresh(), None if gate is None else fresh())
-    wide = H if out is None else dq.stride(1) // D
+    dq, dk, dv, dgate = fresh(), fresh(), fresh(), None if gate is None else fresh()
     dlepe = fresh() if extra else None
     dkv, dkey = plan.fp32(B, H, D, D), plan.fp32(B, H, D)
     parts_kv = dkv if plan.parts == 1 else plan.fp32(plan.parts, B, H, D, D)
@@ -535,19 +516,18 @@ def rank_augmented_bwd(
     like = [q if x is None else x for x in (lepe, gate)]
     launch(rala_bwd_kernel_queries, plan.grid,
            (q, lepe, gate, dy, dlepe, dgate, kv, key, table, parts_kv, parts_key),
-           (T, plan.per, H, wide, eps, n, width, *plan.strides(q, *like, dy)),
+           (T, plan.per, H, eps, n, width, *plan.strides(q, *like, dy)),
            plan.blocks(cfg.sums.bt, LEPE=lepe is not None, GATE=gate is not None), *cfg.sums.launch)  # fmt: skip
     merge(parts_kv, parts_key, dkv, dkey, plan.parts, 1.0)
-    more = local(dlepe) if local else None
     parts, per = cut(T, plan.heads, cfg.sums, plan.device)
     dqbar = plan.fp32(parts, B, H, D)
     launch(rala_bwd_kernel_keys, (parts, plan.heads, 1),
-           (k, v, more, dk, dv, kv, key, qbar, norm, table, dkv, dkey, dqbar),
-           (T, per, H, wide, n, width, *plan.strides(k, v)), plan.blocks(cfg.sums.bt, NV=cfg.nv, MORE=more is not None),
+           (k, v, dk, dv, kv, key, qbar, norm, table, dkv, dkey, dqbar),
+           (T, per, H, n, width, *plan.strides(k, v)), plan.blocks(cfg.sums.bt, NV=cfg.nv),
            *cfg.sums.launch)  # fmt: skip
     dr = dy if dlepe is None else dlepe
     unit = alignment(q, dr)
     launch(rala_bwd_kernel_dq, (*plan.grid_reads, 1), (q, dr, dq, kv, key, table, dqbar),
-           (T, plan.span, H, wide, parts, eps, n, width, *strides(unit, q, dr)),
+           (T, plan.span, H, parts, eps, n, width, *strides(unit, q, dr)),
            plan.blocks(cfg.reads.bt, NV=cfg.nv) | {'A': unit}, *cfg.reads.launch)  # fmt: skip
     return dq, dk, dv, None if lepe is None else dlepe, dgate

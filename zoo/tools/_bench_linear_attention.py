@@ -8,9 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.kernels._dispatch import kernel_backend
 from zoo.kernels.linear_attention import linear_attention, naive_rank_augmented, rank_augmented
-from zoo.kernels.rank_augmented import rank_augmented_mixer
 from zoo.kernels.rope import apply_rope, axial_rope_tables
 from zoo.tools._bench_case import Case
 
@@ -47,15 +45,6 @@ def _make_rank(shape: tuple[int, ...], device: str, dtype: torch.dtype, seed: in
     draw = lambda *more: torch.randn(batch, height * width, *more, generator=rng, device=device).to(dtype)  # noqa: E731
     q, k, v, gate = draw(4, heads, dim).unbind(2)
     return q, k, v, draw(heads, dim), gate
-
-
-def _make_mixer(shape: tuple[int, ...], device: str, dtype: torch.dtype, seed: int) -> tuple[Tensor, ...]:
-    """The fused projection's output, and weight and bias of the 5 x 5 convolution, in fp32 as under autocast."""
-    batch, height, width, heads, dim = shape
-    rng = torch.Generator(device).manual_seed(seed)
-    draw = lambda *sizes: torch.randn(sizes, generator=rng, device=device)  # noqa: E731
-    qkvo = draw(batch, height * width, 4 * heads, dim).to(dtype)
-    return qkvo, draw(heads * dim, 1, 5, 5) * 0.2, draw(heads * dim)
 
 
 def _linear_formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -99,26 +88,6 @@ def _rank_formula(q, k, v, lepe, gate, cos, sin) -> Tensor:
     return (r + lepe) * gate
 
 
-class _MixerFormula(_RankFormula):
-    """The same with the convolution of the values, all of it from one tensor."""
-
-    def __call__(self, qkvo: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return self.formula(qkvo, weight, bias, self.sizes[:2], *self.rotation(qkvo))
-
-
-def _mixer_formula(qkvo, weight, bias, sizes, cos, sin) -> Tensor:
-    q, k, v, gate = qkvo.chunk(4, 2)
-    grid = v.flatten(2).unflatten(1, sizes).permute(0, 3, 1, 2)
-    lepe = F.conv2d(grid, weight.to(v.dtype), bias.to(v.dtype), padding=2, groups=len(weight))
-    lepe = lepe.permute(0, 2, 3, 1).flatten(1, 2).unflatten(-1, v.shape[2:])
-    return _rank_formula(q, k, v, lepe, gate, cos, sin)
-
-
-def _naive_mixer(grid: dict[str, int], qkvo, weight, bias) -> Tensor:
-    with kernel_backend('naive'):
-        return rank_augmented_mixer(qkvo, weight, bias, **grid)
-
-
 def _flash_bla(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     from flash_bla.ops.linear_attn.fused import linear_attention as fused
 
@@ -156,21 +125,6 @@ def cases() -> list[Case]:
                 11 * size,
                 dict(B=batch, T=height * width, H=heads, D=dim),
                 reference=partial(_rank_op, naive_rank_augmented, grid),
-            )
-        )
-        forms = {'eager': _mixer_formula, 'torch.compile': torch.compile(_mixer_formula)}
-        found.append(
-            Case(
-                'rank_augmented_mixer',
-                label,
-                partial(_make_mixer, shape),
-                partial(rank_augmented_mixer, **grid),
-                {name: _MixerFormula(form, height, width, dim) for name, form in forms.items()},
-                5 * size,
-                9 * size,
-                dict(B=batch, T=height * width, H=heads, D=dim),
-                batched=(0,),
-                reference=partial(_naive_mixer, grid),
             )
         )
     return found
