@@ -373,7 +373,7 @@ def knn_votes(
     num_classes: int,
     ks: Sequence[int] = (10, 20),
     temperature: float = 0.07,
-    chunk: int = 2048,
+    chunk: int | None = None,
 ) -> dict[int, Tensor]:
     """Votes of the k nearest neighbours by cosine similarity, for several k at once.
 
@@ -384,7 +384,7 @@ def knn_votes(
         num_classes: Number of classes.
         ks: Numbers of neighbours; more than N are N.
         temperature: Of the votes exp(similarity / temperature).
-        chunk: Queries at once; a chunk takes chunk x N numbers.
+        chunk: Queries at once; by default as many as take half a gigabyte, chunk x N numbers.
 
     Returns:
         For each k the votes (M, num_classes), fp32.
@@ -392,7 +392,7 @@ def knn_votes(
     bank = F.normalize(bank.float(), dim=1).t()
     most = min(max(ks), bank.shape[1])
     found: dict[int, list[Tensor]] = {k: [] for k in ks}
-    for part in queries.split(chunk):
+    for part in queries.split(chunk or max(1, 2**27 // bank.shape[1])):
         similarity, nearest = (F.normalize(part.float(), dim=1) @ bank).topk(most, dim=1)
         votes, classes = (similarity / temperature).exp(), labels[nearest]
         for k in ks:

@@ -55,8 +55,9 @@ def test_header(path):
     assert f'--config configs/{path.relative_to(ROOT)}' in head
 
 
-# Recipes that differ from another only in widths, sizes and numbers of the schedule.
+# Recipes that differ from another only in widths, sizes, numbers of the schedule, or one option.
 TWINS = [f'mobilemamba_{v}{kd}' for v in ('t4', 's6', 'b1', 'b2', 'b4') for kd in ('', '_kd')]
+TWINS += ['matryoshka_vig_tiny', 'vig_hier_tiny_cifar10_half']
 OWN = ('contrast', 'detect', 'distill_', 'segment')  # these have tests of their own
 IMAGES = [p for p in CONFIGS if not p.parent.name.startswith(OWN)]
 TWO_STEPS = [pytest.param(p, marks=[pytest.mark.slow] * (p.stem in TWINS)) for p in IMAGES]
