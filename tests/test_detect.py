@@ -418,6 +418,6 @@ def test_config_takes_two_steps(path, tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     config, overrides = two_steps(path, tmp_path, tiny)
     assert main(['fit', f'--config={path}', *overrides]) == 0, capsys.readouterr().err
-    saved = yaml.safe_load((tmp_path / 'runs' / path.stem / 'config.yaml').read_text())
-    assert config['run']['name'] == path.stem and saved['trainer']['max_steps'] == 2
+    saved = yaml.safe_load((tmp_path / 'runs' / config['run']['name'] / 'config.yaml').read_text())
+    assert path.stem in config['run']['name'] and saved['trainer']['max_steps'] == 2
     assert saved['model']['init_args']['detector'] == config['model']['init_args']['detector']
