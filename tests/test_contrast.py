@@ -379,12 +379,8 @@ def test_validate_test_and_predict(finished, tmp_path, capsys):
     assert main(['predict', f'--ckpt_path={best}', '--images', str(samples), f'--output={tmp_path / "a"}']) == 0
     rows = (tmp_path / 'a' / 'predictions.csv').read_text().splitlines()
     assert len(rows) == 13 and {row.split(',')[1] for row in rows[1:]} <= set(class_names())
-    other = ['--model.zero_shot.classes=[red ring, blue ring]', '--images', str(samples), f'--output={tmp_path / "b"}']
-    assert main(['predict', f'--ckpt_path={best}', *other]) == 0
-    rows = (tmp_path / 'b' / 'predictions.csv').read_text().splitlines()
-    assert {row.split(',')[1] for row in rows[1:]} <= {'red ring', 'blue ring'}
+    other = ['--model.zero_shot.classes=[red elephant]', '--images', str(samples), f'--output={tmp_path / "b"}']
     capsys.readouterr()
-    other[0] = '--model.zero_shot.classes=[red elephant]'
     assert main(['predict', f'--ckpt_path={best}', *other]) == 2
     assert "'elephant'" in capsys.readouterr().err
 
@@ -421,7 +417,7 @@ def test_labelled_images_and_a_probe(tmp_path, capsys):
     more += ['--model.image={name: test_vig, kwargs: {img_size: 16, patch_size: 4, depth: 1}}']
     more += [f'--model.text={{kind: softmax, width: 32, heads: 2, layers: 1, context_length: 6, words: {words}}}']
     more += ['--model.zero_shot.templates=["a {}", "digit {}"]', '--model.probe=true', '--model.loss=siglip']
-    assert main(fit(tmp_path, 'run', *more, '--trainer.limit_train_batches=4')) == 0
+    assert main(fit(tmp_path, 'run', *more, '--trainer.limit_train_batches=4', '--trainer.max_epochs=1')) == 0
     assert 'linear probe of the same features' in capsys.readouterr().out
     found = json.loads((tmp_path / 'run' / 'report' / 'contrast.json').read_text())
     assert found['test/probe_top1'] > 0.3 and 'test/i2t_r1' not in found and found['test/loss'] > 0
@@ -482,10 +478,9 @@ def test_frozen_towers(freeze, free):
 def test_scale_is_kept_within_bounds(ema):
     task = Contrast(image=IMAGE, text=TEXT, embed_dim=16, max_scale=50.0, ema=ema)
     for value, kept in ((9.0, 50.0), (-1.0, 1.0)):
-        task.net.logit_scale.data.fill_(value)
-        task.eval_net.logit_scale.data.fill_(value)
+        scales = [net.logit_scale.data.fill_(value) for net in (task.net, task.eval_net)]
         task.clamp_scale()
-        assert float(task.net.logit_scale.exp()) == float(task.eval_net.logit_scale.exp()) == pytest.approx(kept)
+        assert [float(scale.exp()) for scale in scales] == pytest.approx([kept, kept])
 
 
 def write_pairs(folder, count=6):
@@ -514,6 +509,8 @@ def test_captions_alone(tmp_path, capsys):
     assert '--model.zero_shot.classes' in capsys.readouterr().err
     named = ['--model.zero_shot.classes=[red ring, blue moon]', '--images', str(folder / '0.png')]
     assert main(['predict', f'--ckpt_path={best}', *named, f'--output={tmp_path}']) == 0
+    row = (tmp_path / 'predictions.csv').read_text().splitlines()[1].split(',')
+    assert {row[1], row[3]} == {'red ring', 'blue moon'}, 'classes named now do not take the place of learned ones'
 
 
 def test_malformed_captions_are_named_and_counted(tmp_path, capsys):
