@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import open_clip
@@ -10,7 +12,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from PIL import Image
-from test_resume import assert_same, final_state
+from test_resume import ROOT, assert_same, final_state
 from zoo.heads.contrast import (
     ImageTower,
     LinearTextTower,
@@ -330,8 +332,8 @@ TINY_RUN = [
     '--model=zoo.tasks.Contrast',
     '--model.image={name: test_vig, kwargs: {img_size: 48, patch_size: 16, depth: 1, drop_path_rate: 0.2}}',
     '--model.text={kind: linear, width: 32, heads: 2, layers: 1, context_length: 12, words: the a of at that is '
-    'picture something red green blue yellow purple cyan orange white circle square triangle diamond plus cross '
-    'ring moon top middle bottom left center right}',
+    'picture something red green blue yellow purple cyan orange white circle square triangle diamond plus cross ring '
+    'moon top middle bottom left center right}',
     '--model.embed_dim=16',
     '--model.zero_shot.templates=["the {}", "a picture of the {}"]',
     '--model.optim.lr_per=null',
@@ -376,13 +378,9 @@ def test_validate_test_and_predict(finished, tmp_path, capsys):
     assert (tmp_path / 'report' / 'contrast.json').is_file()
     assert main(['predict', f'--ckpt_path={best}', '--images', str(samples), f'--output={tmp_path / "a"}']) == 0
     rows = (tmp_path / 'a' / 'predictions.csv').read_text().splitlines()
-    assert len(rows) == 13 and rows[1].split(',')[1] in class_names()
-    other = ['--model.zero_shot.classes=[red ring, blue ring]', '--images', str(samples), f'--output={tmp_path / "b"}']
-    assert main(['predict', f'--ckpt_path={best}', *other]) == 0
-    rows = (tmp_path / 'b' / 'predictions.csv').read_text().splitlines()
-    assert {row.split(',')[1] for row in rows[1:]} <= {'red ring', 'blue ring'}
+    assert len(rows) == 13 and {row.split(',')[1] for row in rows[1:]} <= set(class_names())
+    other = ['--model.zero_shot.classes=[red elephant]', '--images', str(samples), f'--output={tmp_path / "b"}']
     capsys.readouterr()
-    other[0] = '--model.zero_shot.classes=[red elephant]'
     assert main(['predict', f'--ckpt_path={best}', *other]) == 2
     assert "'elephant'" in capsys.readouterr().err
 
@@ -419,7 +417,7 @@ def test_labelled_images_and_a_probe(tmp_path, capsys):
     more += ['--model.image={name: test_vig, kwargs: {img_size: 16, patch_size: 4, depth: 1}}']
     more += [f'--model.text={{kind: softmax, width: 32, heads: 2, layers: 1, context_length: 6, words: {words}}}']
     more += ['--model.zero_shot.templates=["a {}", "digit {}"]', '--model.probe=true', '--model.loss=siglip']
-    assert main(fit(tmp_path, 'run', *more, '--trainer.limit_train_batches=4')) == 0
+    assert main(fit(tmp_path, 'run', *more, '--trainer.limit_train_batches=4', '--trainer.max_epochs=1')) == 0
     assert 'linear probe of the same features' in capsys.readouterr().out
     found = json.loads((tmp_path / 'run' / 'report' / 'contrast.json').read_text())
     assert found['test/probe_top1'] > 0.3 and 'test/i2t_r1' not in found and found['test/loss'] > 0
@@ -476,12 +474,13 @@ def test_frozen_towers(freeze, free):
     assert not frozen.training and task.net.visual.head.training
 
 
-def test_scale_is_kept_within_bounds(tmp_path):
-    more = [*SHAPES, '--run.test_after_fit=false', '--model.max_scale=14.3', '--model.optim.lr=0.1']
-    more.append('--trainer.max_epochs=1')
-    assert main(fit(tmp_path, 'run', *more)) == 0
-    state = torch.load(tmp_path / 'run' / 'checkpoints' / 'last.ckpt', weights_only=True)['state_dict']
-    assert 0 <= float(state['net.logit_scale']) <= math.log(14.3) + 1e-6
+@pytest.mark.parametrize('ema', [None, {'decay': 0.9}])
+def test_scale_is_kept_within_bounds(ema):
+    task = Contrast(image=IMAGE, text=TEXT, embed_dim=16, max_scale=50.0, ema=ema)
+    for value, kept in ((9.0, 50.0), (-1.0, 1.0)):
+        scales = [net.logit_scale.data.fill_(value) for net in (task.net, task.eval_net)]
+        task.clamp_scale()
+        assert [float(scale.exp()) for scale in scales] == pytest.approx([kept, kept])
 
 
 def write_pairs(folder, count=6):
@@ -510,6 +509,17 @@ def test_captions_alone(tmp_path, capsys):
     assert '--model.zero_shot.classes' in capsys.readouterr().err
     named = ['--model.zero_shot.classes=[red ring, blue moon]', '--images', str(folder / '0.png')]
     assert main(['predict', f'--ckpt_path={best}', *named, f'--output={tmp_path}']) == 0
+    row = (tmp_path / 'predictions.csv').read_text().splitlines()[1].split(',')
+    assert {row[1], row[3]} == {'red ring', 'blue moon'}, 'classes named now do not take the place of learned ones'
+
+
+def test_malformed_captions_are_named_and_counted(tmp_path, capsys):
+    rows = ['{"file_name": "0.png", "text": "a"}', '{"text": "b"}', 'not json', '{"file_name": "1.png"}', '7']
+    (tmp_path / 'metadata.jsonl').write_text('\n'.join(rows))
+    assert main(fit(tmp_path, 'run', '--data=zoo.data.CaptionedImages', f'--data.train={tmp_path}')) == 2
+    error = capsys.readouterr().err
+    assert 'metadata.jsonl' in error and '4 of 5' in error and "line 2: no 'file_name'" in error and 'line 3' in error
+    assert not (tmp_path / 'run' / 'checkpoints').exists()
 
 
 def test_size_that_a_tower_does_not_take(tmp_path, capsys):
@@ -518,7 +528,12 @@ def test_size_that_a_tower_does_not_take(tmp_path, capsys):
     assert 'does not take 3 x 48 x 48 pixels' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize('path', sorted(config_folder().parent.glob('*.yaml')), ids=lambda p: p.stem)
+CONFIGS = sorted(config_folder().parent.glob('*.yaml'))
+# siglip and clip have nothing that lit and distill have not
+TWO_STEPS = [pytest.param(p, marks=[pytest.mark.slow] * (p.stem in ('clip', 'siglip'))) for p in CONFIGS]
+
+
+@pytest.mark.parametrize('path', TWO_STEPS, ids=lambda p: p.stem)
 def test_config_takes_two_steps(path, small_clip, tmp_path, capsys):
     from test_configs import parquet
 
@@ -548,3 +563,21 @@ def test_config_takes_two_steps(path, small_clip, tmp_path, capsys):
     assert main(['fit', f'--config={path}', f'--run.root={tmp_path}', *more]) == 0, capsys.readouterr().err
     saved = yaml.safe_load((tmp_path / config['run']['name'] / 'config.yaml').read_text())
     assert saved['trainer']['max_steps'] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('loss', ['clip', 'siglip'])
+def test_two_processes_have_the_gradients_of_one(loss, tmp_path):
+    states = []
+    for devices, batch in ((1, 32), (2, 16)):
+        args = fit(tmp_path, f'run{devices}', *SHAPES, '--model.chunk=7', f'--model.loss={loss}')
+        args += ['--trainer.max_epochs=1']
+        args += [f'--data.batch_size={batch}', f'--trainer.devices={devices}', '--run.test_after_fit=false']
+        args += ['--model.image.kwargs.drop_path_rate=0', f'--trainer.strategy={"ddp" if devices > 1 else "auto"}']
+        # processes are started with the arguments of this one
+        command = [sys.executable, str(ROOT / 'train.py'), *args]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+        states.append(read_checkpoint(tmp_path / f'run{devices}' / 'checkpoints' / 'last.ckpt'))
+    for one, two in zip(*(state['optimizer_states'][0]['state'].values() for state in states)):
+        assert torch.allclose(one['exp_avg'], two['exp_avg'], rtol=1e-4, atol=1e-6 * float(one['exp_avg'].abs().max()))

@@ -205,13 +205,29 @@ def _read_captions(path: str) -> list[str]:
 def _read_folder(folder: Path) -> list[tuple[str, str]]:
     table = folder / 'metadata.jsonl'
     if table.is_file():
-        rows = [json.loads(line) for line in table.read_text().splitlines() if line.strip()]
-        try:
-            return [(str(folder / row['file_name']), _described(row)) for row in rows]
-        except (KeyError, ValueError) as error:
-            raise ZooError(f'{table}: every line needs file_name and text ({error})') from error
+        return _read_metadata(folder, table)
     images = sorted(p for p in folder.rglob('*') if p.suffix.lower() in EXTENSIONS)
     return [(str(p), p.with_suffix('.txt').read_text().strip()) for p in images if p.with_suffix('.txt').is_file()]
+
+
+def _read_metadata(folder: Path, table: Path) -> list[tuple[str, str]]:
+    """Paths and captions of a metadata.jsonl; an error names the lines that are wrong, and how many there are."""
+    found, wrong = [], []
+    for number, line in enumerate(table.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            found.append((str(folder / row['file_name']), _described(row)))
+        except (KeyError, TypeError, ValueError) as error:
+            wrong.append(f'  line {number}: {f"no {error}" if isinstance(error, KeyError) else error}')
+    if wrong:
+        shown = '\n'.join([*wrong[:5], *(['  ...'] if len(wrong) > 5 else [])])
+        total = len(found) + len(wrong)
+        raise ZooError(
+            f'{table}: every line needs file_name and text; {len(wrong)} of {total} do not have them:\n{shown}'
+        )
+    return found
 
 
 def _read_table(

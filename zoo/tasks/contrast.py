@@ -169,6 +169,10 @@ class Contrast(FittingModule):
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.clamp_scale()
+
+    def clamp_scale(self) -> None:
+        """Keeps the scale of similarities within 1..max_scale."""
         for net in (self.net, self.eval_net):
             net.logit_scale.data.clamp_(0, math.log(self.max_scale))
 
