@@ -39,7 +39,7 @@ class DrawnScene:
     boxes: np.ndarray
 
 
-def draw_scene(seed: int, index: int, size: int, most: int = 5) -> DrawnScene:
+def draw_scene(seed: int, index: int, size: int, most: int = 5, radii: tuple[float, float] = (0.1, 0.24)) -> DrawnScene:
     """Draws a scene.
 
     Objects are placed front to back; one that would be hidden by more than half, or to less than 16 pixels, is left
@@ -50,6 +50,7 @@ def draw_scene(seed: int, index: int, size: int, most: int = 5) -> DrawnScene:
         index: Of the scene.
         size: Height and width in pixels.
         most: Largest number of objects, 1 .. 8; each number down to 1 is equally likely before any is left out.
+        radii: Least and largest radius of an object as fractions of the size.
     """
     count = _PER_SCENE + MOST * _PER_OBJECT
     numbers = keyed_uniform(seed, torch.zeros(1, dtype=torch.long), torch.tensor([index]), count)[0].numpy()
@@ -61,7 +62,7 @@ def draw_scene(seed: int, index: int, size: int, most: int = 5) -> DrawnScene:
     front = np.zeros((size, size, 3), np.float32)
     labels, masks, boxes = [], [], []
     for number in range(1 + int(scene[-1] * most)):
-        label, cover, (top, left) = _shape(objects[number], size)
+        label, cover, (top, left) = _shape(objects[number], size, radii)
         bottom, right = top + cover.shape[0], left + cover.shape[1]
         place = slice(top, bottom), slice(left, right)
         whole = cover >= 0.5
@@ -97,10 +98,10 @@ def _ground(numbers: np.ndarray, size: int) -> np.ndarray:
     return (tints[0] + along[..., None] * (tints[1] - tints[0]) + ripples[..., None]).astype(np.float32)
 
 
-def _shape(numbers: np.ndarray, size: int) -> tuple[int, np.ndarray, tuple[int, int]]:
+def _shape(numbers: np.ndarray, size: int, radii: tuple[float, float]) -> tuple[int, np.ndarray, tuple[int, int]]:
     """Class, coverage of the pixels of a box by 2 x 2 points each, fp32 (h, w), and where the box begins."""
     kind = int(numbers[0] * len(CLASSES))
-    radius = size * (0.1 + 0.14 * numbers[1])
+    radius = size * (radii[0] + (radii[1] - radii[0]) * numbers[1])
     x, y = 0.8 * radius + (size - 1.6 * radius) * numbers[2:4]
     left, top = (max(0, int(v - _REACH * radius)) for v in (x, y))
     right, bottom = (min(size, int(v + _REACH * radius) + 1) for v in (x, y))

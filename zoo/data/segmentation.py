@@ -470,8 +470,8 @@ class HubMasks(MaskData):
 class _Drawn:
     """One split of drawn scenes."""
 
-    def __init__(self, split: str, count: int, size: int, most: int, seed: int) -> None:
-        self.split, self.count, self.size, self.most = split, count, size, most
+    def __init__(self, split: str, count: int, seed: int, **scene: Any) -> None:
+        self.split, self.count, self.scene = split, count, scene
         self.seed = derive_seed(seed, ('train', 'val', 'test').index(split))
 
     def __len__(self) -> int:
@@ -481,8 +481,8 @@ class _Drawn:
         return f'scene-{self.split}-{index}'
 
     def load(self, index: int) -> tuple[Image.Image, np.ndarray]:
-        scene = draw_scene(self.seed, index, self.size, self.most)
-        mask = np.zeros((self.size, self.size), np.uint8)
+        scene = draw_scene(self.seed, index, **self.scene)
+        mask = np.zeros(scene.image.shape[:2], np.uint8)
         for label, visible in zip(scene.labels, scene.masks):
             mask[visible] = label
         return Image.fromarray(scene.image), mask
@@ -494,6 +494,7 @@ class DrawnMasks(MaskData):
     Args:
         size: Height and width in pixels.
         most: Largest number of objects in a scene.
+        radii: Least and largest radius of an object as fractions of the size.
         train_images: Scenes of the training split, which are the same in every epoch; augmentation makes them new.
         val_images: Scenes of the validation split.
         test_images: Scenes of the test split.
@@ -505,6 +506,7 @@ class DrawnMasks(MaskData):
         self,
         size: int = 96,
         most: int = 5,
+        radii: tuple[float, float] = (0.1, 0.24),
         train_images: int = 4096,
         val_images: int = 256,
         test_images: int = 1024,
@@ -516,12 +518,14 @@ class DrawnMasks(MaskData):
             raise ZooError('data.size must be at least 32; train_images, val_images and test_images must be positive')
         if not 1 <= most <= 8:
             raise ZooError(f'data.most must be 1 to 8, not {most}')
-        self.size, self.most, self.seed = size, most, seed
+        if not 0.05 <= radii[0] <= radii[1] <= 0.35:
+            raise ZooError(f'data.radii {list(radii)} must be within 0.05 .. 0.35, the smaller first')
+        self.seed, self.scene = seed, {'size': size, 'most': most, 'radii': tuple(radii)}
         self.counts = {'train': train_images, 'val': val_images, 'test': test_images}
 
     def open_splits(self) -> None:
         self.class_names = ['ground', *CLASSES]
-        self.splits = {s: _Drawn(s, count, self.size, self.most, self.seed) for s, count in self.counts.items()}
+        self.splits = {s: _Drawn(s, count, self.seed, **self.scene) for s, count in self.counts.items()}
 
 
 class MaskImages(MaskData):
