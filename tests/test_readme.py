@@ -62,6 +62,9 @@ RULES = {
     r'zoo (chat|eval-vlm) FOLDER .*': lambda w: w,
     # slow tests of tests/test_distill_vlm.py and tests/test_distill_unet.py run these whole
     r'python train\.py fit --config configs/distill_(vlm|unet)/quickstart\.yaml': None,
+    # their own tests take two steps from every config of these folders
+    r'python train\.py fit --config configs/(segment|detect|contrast)/quickstart\.yaml': None,
+    r'zoo probe --fit probe/quickstart .*': lambda w: w + ['--steps=2', '--trainer.max_epochs=1'],
     r'zoo generate-image PIPELINE .*': lambda w: w,
     r'zoo cache-latents --pipeline PIPELINE .*': lambda w: w + ['--size=32', '--bucket-step=8'],
 }

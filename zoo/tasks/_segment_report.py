@@ -35,8 +35,11 @@ def palette(classes: int) -> np.ndarray:
 
 
 def overlay(image: Image.Image, mask: np.ndarray, colours: np.ndarray, strength: float = 0.7) -> Image.Image:
-    """An image with its mask (uint8, of any size) in colours; borders of regions are white, ignored pixels dark."""
-    image = image.convert('RGB')
+    """An image in grey under the colours of its mask (uint8, of any size); borders of regions are white.
+
+    In its own colours the image would tint those of the mask away from the legend's. Ignored pixels are dark.
+    """
+    image = image.convert('L').convert('RGB')
     if image.size != mask.shape[::-1]:
         image = image.resize(mask.shape[::-1], Image.Resampling.BILINEAR)
     mixed = (1 - strength) * np.asarray(image, np.float32) + strength * colours[mask]
