@@ -26,10 +26,10 @@ class Framing:
         interpolation: Resampling.
         antialias: Whether to filter when shrinking; OpenCV's resize, which LinFusion's SD 1.5 script uses, does not.
         hflip: Probability of a horizontal flip.
-        crop_area: Area of a random crop in training, as fractions of the image (0.9 to 1 in CLIP's recipe), which takes
-            the place of resize; null is the centre.
         bucket_step: Height and width of buckets are multiples of this many pixels; null is one square.
         max_ratio: Longest side over shortest, of buckets.
+        crop_area: Area of a random crop in training, as fractions of the image (0.9 to 1 in CLIP's recipe), which takes
+            the place of resize; null is the centre.
     """
 
     size: int = 512
@@ -37,9 +37,9 @@ class Framing:
     interpolation: Literal['bicubic', 'bilinear'] = 'bicubic'
     antialias: bool = True
     hflip: float = 0.0
-    crop_area: tuple[float, float] | None = None
     bucket_step: int | None = None
     max_ratio: float = 2.0
+    crop_area: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         step = self.bucket_step
