@@ -100,8 +100,9 @@ class LinearSelfAttention(Attention):
         """Fold weights for inference; `fuse_qkv_projections()` of a UNet or pipeline calls it.
 
         With a the activation inside an MLP, to_q(x + W a + b) = to_q(x) + (to_q W) a + to_q b: the products with x are
-        one, and so are the first layers of both MLPs. Used where no gradient is recorded, until a weight changes or
-        another processor than diffusers' fused one is set. The folded weights are not saved.
+        one, and so are the first layers of both MLPs. Used where no gradient is recorded and nothing is compiled, until
+        a weight changes or another processor than diffusers' fused one is set; a CUDA graph replays the weights that it
+        was captured with. The folded weights are not saved.
 
         Args:
             fuse: False to drop them.
@@ -143,7 +144,7 @@ class LinearSelfAttention(Attention):
         if not isinstance(self.processor, processors.FusedAttnProcessor2_0):
             return False
         if torch.compiler.is_compiling():
-            return True
+            return False  # a compiled program would not see a weight change
         modules, sources, versions = self._folded_from
         if [p._version for p in sources] != versions:
             return False

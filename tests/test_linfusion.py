@@ -498,6 +498,7 @@ def test_folded_weights(middle):
         layer.to_q.weight.mul_(2)
         changed = layer(x.float())
         assert not used and relative(changed, expected) > 1e-2
+        assert relative(compiled(x.float()), changed) < 1e-5
         layer.fuse_projections()
         assert relative(layer(x.float()), changed) < 1e-5 and used
     used.clear()
