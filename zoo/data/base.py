@@ -60,6 +60,19 @@ class ResumableData(LightningDataModule):
                     stacklevel=2,
                 )
 
+    def _train_sampler(self) -> EpochSampler:
+        """The training split's sampler where the last run stopped."""
+        sampler = self._sampler('train', shuffle=True)
+        if len(sampler) < self.batch_size:
+            raise ZooError(
+                f'the training split gives {len(sampler)} {self.noun}s per process, fewer than one batch of '
+                f'{self.batch_size}: lower data.batch_size'
+            )
+        if self._resume_at:
+            epoch, batches = self._resume_at
+            sampler.resume(epoch, batches * self.batch_size)
+        return sampler
+
     def set_epoch(self, epoch: int) -> None:
         """Streams override this; samplers get the epoch from Lightning."""
 
@@ -133,15 +146,7 @@ class ImageData(ResumableData):
         self._opened = True
 
     def train_dataloader(self) -> DataLoader:
-        sampler = self._sampler('train', shuffle=True)
-        if len(sampler) < self.batch_size:
-            raise ZooError(
-                f'the training split gives {len(sampler)} images per process, fewer than one batch of '
-                f'{self.batch_size}: lower data.batch_size'
-            )
-        if self._resume_at:
-            epoch, batches = self._resume_at
-            sampler.resume(epoch, batches * self.batch_size)
+        sampler = self._train_sampler()
         if self.device_transform:
             dataset = CachedBatches(self.splits['train'], run_seed(), substitute=True)
         else:

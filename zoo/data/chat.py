@@ -464,15 +464,7 @@ class ChatData(ResumableData):
             self._opened = True
 
     def train_dataloader(self) -> DataLoader:
-        sampler = self._sampler('train', shuffle=True)
-        if len(sampler) < self.batch_size:
-            raise ZooError(
-                f'the training split gives {len(sampler)} samples per process, fewer than one batch of '
-                f'{self.batch_size}: lower data.batch_size'
-            )
-        if self._resume_at:
-            epoch, batches = self._resume_at
-            sampler.resume(epoch, batches * self.batch_size)
+        sampler = self._train_sampler()
         return self._loader('train', sampler, self.encoder(), substitute=True)
 
     def val_dataloader(self) -> DataLoader:

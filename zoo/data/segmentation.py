@@ -114,15 +114,7 @@ class MaskData(ResumableData):
     def train_dataloader(self) -> DataLoader:
         if 'train' not in self.splits:
             raise ZooError(f'{type(self).__name__} has no train split; it has: {", ".join(self.splits)}')
-        sampler = self._sampler('train', shuffle=True)
-        if len(sampler) < self.batch_size:
-            raise ZooError(
-                f'the training split gives {len(sampler)} images per process, fewer than one batch of '
-                f'{self.batch_size}: lower data.batch_size'
-            )
-        if self._resume_at:
-            epoch, batches = self._resume_at
-            sampler.resume(epoch, batches * self.batch_size)
+        sampler = self._train_sampler()
         transform = TrainMasks(self.view, self.augment)
         dataset = MaskDataset(self.splits['train'], transform, seed=run_seed(), substitute=True)
         return self._loader(dataset, sampler, self.batch_size, drop_last=True)

@@ -229,11 +229,7 @@ class Classify(FittingModule):
         data = self.trainer.datamodule
         if data is None:
             return
-        if data.num_classes and data.num_classes != self.num_classes:
-            raise ZooError(
-                f'the data has {data.num_classes} classes, the model {self.num_classes}: set '
-                f'--model.num_classes {data.num_classes}'
-            )
+        self.check_classes(data)
         if stage != 'fit':
             return
         self.class_names, self.view = list(data.class_names), as_plain(data.view)

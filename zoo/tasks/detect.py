@@ -204,11 +204,7 @@ class Detect(FittingModule):
         data = self.trainer.datamodule
         if data is None or stage == 'predict':
             return
-        if data.num_classes != self.num_classes:
-            raise ZooError(
-                f'the data has {data.num_classes} classes, the model {self.num_classes}: set '
-                f'--model.num_classes {data.num_classes}'
-            )
+        self.check_classes(data)
         if self.net.has_masks:
             data.use_masks()
         square, size = data.augment.square, self.net.resize.size

@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 
 from zoo.data.seeding import run_seed, seed_all
-from zoo.errors import RunError
+from zoo.errors import RunError, ZooError
 from zoo.tasks.nonfinite import first_nonfinite
 from zoo.tasks.optim import UpdateSchedule, fit_optimizer
 
@@ -29,6 +29,18 @@ class FittingModule(LightningModule):
     def trained(self) -> nn.Module:
         """What the optimizer and the average are of."""
         return self.net
+
+    def check_classes(self, data: Any) -> None:
+        """Refuses data with another number of classes than the model's; 0 stands for data that does not know.
+
+        Raises:
+            ZooError: naming the option that fits.
+        """
+        if data.num_classes and data.num_classes != self.num_classes:
+            raise ZooError(
+                f'the data has {data.num_classes} classes, the model {self.num_classes}: set '
+                f'--model.num_classes {data.num_classes}'
+            )
 
     def configure_optimizers(self) -> dict[str, Any]:
         return fit_optimizer(self.trainer, self.trained, self.optim, self.schedule)

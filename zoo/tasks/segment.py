@@ -262,11 +262,7 @@ class Segment(FittingModule):
         data = self.trainer.datamodule
         if data is None or not getattr(data, 'num_classes', 0):
             return
-        if data.num_classes != self.num_classes:
-            raise ZooError(
-                f'the data has {data.num_classes} classes, the model {self.num_classes}: set '
-                f'--model.num_classes {data.num_classes}'
-            )
+        self.check_classes(data)
         if stage == 'fit':
             self.class_names, self.view = list(data.class_names), as_plain(data.view)
 
