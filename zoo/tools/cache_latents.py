@@ -72,7 +72,9 @@ def cli_cache_latents(argv: list[str]) -> int:
         source = _Part(source, list(range(args.limit)))
     buckets = find_buckets(source, framing)
     shards = plan_shards(buckets, args.shard_size)
-    settings = {k: str(v) for k, v in vars(framing).items()} | {'pipeline': args.pipeline, 'data': args.data}
+    # what is cached is the whole image: random crops are training's
+    settings = {k: str(v) for k, v in vars(framing).items() if k != 'crop_area'}
+    settings |= {'pipeline': args.pipeline, 'data': args.data}
     settings |= {'split': args.split, 'captions': str(args.captions), 'shard_size': str(args.shard_size)}
     claim(args.output, {'settings': settings, 'buckets': _digest(buckets), 'samples': len(buckets)})
     waiting = [number for number in range(len(shards)) if not _file(args.output, number).is_file()]
