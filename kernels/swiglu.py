@@ -1,7 +1,8 @@
 """The product inside a SwiGLU layer (arXiv 2002.05202): y = silu(a) * b for rows [a | b], silu(a) = a / (1 + exp(-a)).
 
 x (..., 2m) holds a in the first m channels and b in the others, as one matrix product writes them; y is (..., m). The
-product is computed in fp32 and stored in x's dtype; the backward pass computes silu again.
+product is computed in fp32 and stored in x's dtype; the backward pass computes silu again. `geglu`, of the same paper,
+is a * gelu(b) with gelu(b) = b (1 + erf(b / sqrt(2))) / 2: diffusion models have the activation on the second half.
 
 `swiglu_linear` is silu(a) * b of [a | b] = x W^T, for inference: W (2m, C). Where its Triton kernel runs, [a | b] is
 not written to memory; it has no backward pass, so where gradients are needed the product and `swiglu` run one by one.
@@ -19,7 +20,7 @@ from torch.utils.flop_counter import register_flop_formula
 from zoo.kernels import _dispatch
 from zoo.kernels._op import Op
 
-__all__ = ['fits_swiglu_linear', 'naive_swiglu', 'swiglu', 'swiglu_linear']
+__all__ = ['fits_swiglu_linear', 'geglu', 'naive_geglu', 'naive_swiglu', 'swiglu', 'swiglu_linear']
 
 
 def naive_swiglu(x: Tensor) -> Tensor:
@@ -28,22 +29,35 @@ def naive_swiglu(x: Tensor) -> Tensor:
     return (a * a.sigmoid() * b).to(x.dtype)
 
 
-def _forward(x: Tensor) -> Tensor:
-    return _dispatch.triton_module('swiglu').swiglu_fwd(x)
+def naive_geglu(x: Tensor) -> Tensor:
+    """The formula of `geglu` in fp32 or fp64: the oracle."""
+    a, b = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, -1)
+    return (a * 0.5 * b * (1 + torch.erf(b * 0.5**0.5))).to(x.dtype)
 
 
-def _backward(x: Tensor, dy: Tensor) -> Tensor:
-    return _dispatch.triton_module('swiglu').swiglu_bwd(x, dy)
+def _product(name: str, gelu: bool) -> Op:
+    def forward(x: Tensor) -> Tensor:
+        return _dispatch.triton_module('swiglu').swiglu_fwd(x, gelu)
+
+    def backward(x: Tensor, dy: Tensor) -> Tensor:
+        return _dispatch.triton_module('swiglu').swiglu_bwd(x, dy, gelu)
+
+    of_x = Op(f'zoo::{name}_backward', backward, lambda x, dy: x.new_empty(x.shape))
+    return Op(
+        f'zoo::{name}',
+        forward,
+        lambda x: x.new_empty((*x.shape[:-1], x.shape[-1] // 2)),
+        lambda ctx, inputs, output: ctx.save_for_backward(inputs[0]),
+        lambda ctx, dy: of_x(ctx.saved_tensors[0], dy),
+    )
 
 
-_backward_op = Op('zoo::swiglu_backward', _backward, lambda x, dy: x.new_empty(x.shape))
-_op = Op(
-    'zoo::swiglu',
-    _forward,
-    lambda x: x.new_empty((*x.shape[:-1], x.shape[-1] // 2)),
-    lambda ctx, inputs, output: ctx.save_for_backward(inputs[0]),
-    lambda ctx, dy: _backward_op(ctx.saved_tensors[0], dy),
-)
+_op, _geglu_op = _product('swiglu', False), _product('geglu', True)
+
+
+def _check(name: str, x: Tensor) -> None:
+    if x.ndim == 0 or x.shape[-1] % 2:
+        raise ValueError(f'{name}: the last dimension of x must be even, [a | b], got {tuple(x.shape)}')
 
 
 def swiglu(x: Tensor) -> Tensor:
@@ -58,14 +72,34 @@ def swiglu(x: Tensor) -> Tensor:
     Raises:
         ValueError: if the last dimension is odd.
     """
-    if x.ndim == 0 or x.shape[-1] % 2:
-        raise ValueError(f'swiglu: the last dimension of x must be even, [a | b], got {tuple(x.shape)}')
+    _check('swiglu', x)
     if _dispatch.forced() == 'naive':
         return naive_swiglu(x)
     if _dispatch.takes_triton('swiglu', x):
         return _op(x)
     a, b = x.chunk(2, -1)
     return F.silu(a) * b
+
+
+def geglu(x: Tensor) -> Tensor:
+    """a * gelu(b) of x = [a | b].
+
+    Args:
+        x: (..., 2m).
+
+    Returns:
+        (..., m) in x's dtype.
+
+    Raises:
+        ValueError: if the last dimension is odd.
+    """
+    _check('geglu', x)
+    if _dispatch.forced() == 'naive':
+        return naive_geglu(x)
+    if _dispatch.takes_triton('swiglu', x):
+        return _geglu_op(x)
+    a, b = x.chunk(2, -1)
+    return a * F.gelu(b)
 
 
 def _linear_forward(x: Tensor, weight: Tensor) -> Tensor:

@@ -86,6 +86,7 @@ def mixed(o, local, gate, w_global, w_local, bias):
 def test_swiglu(backend):
     for shape in ((3, 5, 40), (1, 2), (2, 514)):
         compare(swiglu.swiglu, [draw(*shape) * 3], backend)
+        compare(swiglu.geglu, [draw(*shape) * 3], backend)
 
 
 @pytest.mark.parametrize('backend', BACKENDS)

@@ -172,6 +172,8 @@ def test_command(folder, tmp_path, capsys):
     found = sorted(target.parent.iterdir())
     assert [p.name for p in found] == ['cat_0.png', 'cat_1.png']
     assert Image.open(found[0]).size == (64, 32) and np.asarray(Image.open(found[0])).std() > 0
+    assert main([*arguments, '--output', str(tmp_path / 'cat.jpg')]) == 0
+    assert Image.open(tmp_path / 'cat.jpg').format == 'JPEG' and 'generated in' in capsys.readouterr().out
     assert main([*arguments, '--dry-run', '--output', str(tmp_path / 'no.png')]) == 0
     assert 'levels: 16x16 (4 steps)' in capsys.readouterr().out and not (tmp_path / 'no.png').exists()
 
@@ -185,6 +187,7 @@ def test_command(folder, tmp_path, capsys):
         (['--linfusion', 'no/thing'], '--linfusion no/thing'),
         (['--offload', 'model'], 'main memory'),
         (['--tile', '7'], '--tile'),
+        (['--output', 'image.gif'], 'name it with one of .png'),
         (['--steps', '0'], '--steps'),
     ],
 )

@@ -1,4 +1,4 @@
-"""SwiGLU's product on GPUs: silu(a) * b of rows [a | b], each way one pass over memory.
+"""The products of SwiGLU and GEGLU on GPUs: silu(a) * b or a * gelu(b) of rows [a | b], each way one pass over memory.
 
 `swiglu_linear` has the matrix product before it in the same kernel: a program makes a tile of a and the same tile of b
 side by side, so that [a | b], twice as wide as the result, is never written.
@@ -27,19 +27,28 @@ _BLOCK = 256  # columns
 _TILE = 2048  # elements
 
 
+@triton.jit
+def normal_below(x):
+    """The probability that a standard normal number is below x."""
+    return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
 @triton.jit(do_not_specialize=['N'])
-def swiglu_fwd_kernel(x, y, N, SX: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+def swiglu_fwd_kernel(x, y, N, SX: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                      GELU: tl.constexpr):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     cols = tl.program_id(1) * BM + tl.arange(0, BM)
     inside = (rows < N)[:, None] & (cols < M)[None, :]
     at = x + rows[:, None] * SX + cols[None, :]
     a = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(at + M, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + rows[:, None] * M + cols[None, :], (a * tl.sigmoid(a) * b).to(y.dtype.element_ty), mask=inside)
+    product = a * b * normal_below(b) if GELU else a * tl.sigmoid(a) * b
+    tl.store(y + rows[:, None] * M + cols[None, :], product.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=['N'])
-def swiglu_bwd_kernel(x, dy, dx, N, SX: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+def swiglu_bwd_kernel(x, dy, dx, N, SX: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                      GELU: tl.constexpr):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     cols = tl.program_id(1) * BM + tl.arange(0, BM)
     inside = (rows < N)[:, None] & (cols < M)[None, :]
@@ -47,10 +56,15 @@ def swiglu_bwd_kernel(x, dy, dx, N, SX: tl.constexpr, M: tl.constexpr, BM: tl.co
     a = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(at + M, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(dy + rows[:, None] * M + cols[None, :], mask=inside, other=0.0).to(tl.float32)
-    s = tl.sigmoid(a)
+    if GELU:
+        s = normal_below(b)
+        da, db = g * b * s, g * a * (s + b * 0.3989422804014327 * tl.exp(-0.5 * b * b))
+    else:
+        s = tl.sigmoid(a)
+        da, db = g * b * s * (1.0 + a * (1.0 - s)), g * a * s
     to = dx + rows[:, None] * (2 * M) + cols[None, :]
-    tl.store(to, (g * b * s * (1.0 + a * (1.0 - s))).to(dx.dtype.element_ty), mask=inside)
-    tl.store(to + M, (g * a * s).to(dx.dtype.element_ty), mask=inside)
+    tl.store(to, da.to(dx.dtype.element_ty), mask=inside)
+    tl.store(to + M, db.to(dx.dtype.element_ty), mask=inside)
 
 
 class Config(NamedTuple):
@@ -117,25 +131,25 @@ def swiglu_linear(x: Tensor, weight: Tensor) -> Tensor:
     return y
 
 
-def _run(kernel, x: Tensor, *others: Tensor) -> None:
+def _run(kernel, gelu: bool, x: Tensor, *others: Tensor) -> None:
     M = x.shape[-1] // 2
     N = x.numel() // (2 * M)
     x, SX = token_rows(x)
     BM = min(_BLOCK, next_power(M))
     BN = _TILE // BM
-    consts = {'SX': SX, 'M': M, 'BM': BM, 'BN': BN}
+    consts = {'SX': SX, 'M': M, 'BM': BM, 'BN': BN, 'GELU': gelu}
     launch(kernel, (ceil_div(N, BN), ceil_div(M, BM), 1), (x, *others), (N,), consts)
 
 
-def swiglu_fwd(x: Tensor) -> Tensor:
-    """silu(a) * b of [a | b] (..., 2m) -> (..., m)."""
+def swiglu_fwd(x: Tensor, gelu: bool) -> Tensor:
+    """silu(a) * b, or a * gelu(b), of [a | b] (..., 2m) -> (..., m)."""
     y = torch.empty((*x.shape[:-1], x.shape[-1] // 2), dtype=x.dtype, device=x.device)
-    _run(swiglu_fwd_kernel, x, y)
+    _run(swiglu_fwd_kernel, gelu, x, y)
     return y
 
 
-def swiglu_bwd(x: Tensor, dy: Tensor) -> Tensor:
+def swiglu_bwd(x: Tensor, dy: Tensor, gelu: bool) -> Tensor:
     """Gradient (..., 2m) of [a | b]."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _run(swiglu_bwd_kernel, x, dy.contiguous(), dx)
+    _run(swiglu_bwd_kernel, gelu, x, dy.contiguous(), dx)
     return dx

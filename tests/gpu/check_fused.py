@@ -1,4 +1,4 @@
-"""Checks the fused token ops on a GPU: norms with residual, SwiGLU's product, log gates, the 2D gated mix.
+"""Checks the fused ops on a GPU: norms with residual, GroupNorm, SwiGLU's product, log gates, the 2D gated mix.
 
     python tests/gpu/check_fused.py [--out FILE] [--shard I/N] [--dtypes float32,bfloat16]
 
@@ -14,6 +14,7 @@ import torch
 from harness import DEVICE, LIMITS, main, verdict
 from torch import Tensor
 from zoo.kernels import mix, norm, swiglu
+from zoo.kernels.group_norm import group_norm
 
 import zoo
 
@@ -46,6 +47,29 @@ def norm_cases(dtype: torch.dtype) -> Iterator[Case]:
 def swiglu_cases(dtype: torch.dtype) -> Iterator[Case]:
     for rows, hidden in ((4096, 512), (2048, 2048), (999, 704), (1, 17), (50, 300)):
         yield f'swiglu {rows} x {hidden}', swiglu.swiglu, [draw(2, rows, 2 * hidden, dtype=dtype) * 3]
+        yield f'geglu {rows} x {hidden}', swiglu.geglu, [draw(2, rows, 2 * hidden, dtype=dtype) * 3]
+
+
+def group_norm_cases(dtype: torch.dtype) -> Iterator[Case]:
+    """Feature maps of Stable Diffusion's UNets and VAEs, and odd ones."""
+    for shape in (
+        (2, 320, 64, 64),
+        (1, 320, 256, 200),
+        (2, 640, 32, 48),
+        (1, 960, 64, 64),
+        (2, 1920, 32, 32),
+        (2, 2560, 8, 8),
+        (1, 128, 512, 512),
+        (1, 512, 256, 130),
+        (3, 64, 33, 7),
+        (1, 96, 1, 5),
+        (4, 32, 3, 3),
+    ):
+        x = (draw(*shape) * 2 + 1).to(dtype).contiguous(memory_format=torch.channels_last)
+        weight, bias = (draw(shape[1]) for _ in range(2))
+        for silu in (False, True):
+            function = lambda x, w, b, silu=silu: group_norm(x, 32, w, b, silu=silu)  # noqa: E731
+            yield f'group_norm {shape} silu {silu}', function, [x, weight, bias]
 
 
 def inference_only(dtype: torch.dtype) -> Iterator[tuple[str, Callable, Callable, list[Tensor]]]:
@@ -139,7 +163,7 @@ def check(say, shard: tuple[int, int] = (0, 1), dtypes: list[torch.dtype] = (tor
     """The number of bad cases."""
     bad = check_inference(say) if shard[0] == 0 else 0
     for dtype in dtypes:
-        for family in (norm_cases, swiglu_cases, mix_cases, gate_cases):
+        for family in (norm_cases, swiglu_cases, group_norm_cases, mix_cases, gate_cases):
             torch.manual_seed(0)
             worst, count = 0.0, 0
             for i, (label, function, tensors) in enumerate(family(dtype)):

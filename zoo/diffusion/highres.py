@@ -14,7 +14,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoPipelineForImage2Image, PixArtTransformer2DModel, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoPipelineForImage2Image,
+    PixArtTransformer2DModel,
+    UNet2DConditionModel,
+)
 from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 
@@ -61,7 +66,7 @@ class Savings:
 
     chunk_guidance: bool = False
     chunk_feed_forward: int = 1
-    tile: int = 2048
+    tile: int = 1024
     offload: str = 'none'
 
 
@@ -209,6 +214,20 @@ class _Output(tuple):
         return self[0]
 
 
+def _blend(axis: int) -> Callable:
+    """AutoencoderKL's blending of a tile's first rows or columns with its neighbour's last, all of them at once."""
+
+    def blend(before: Tensor, tile: Tensor, extent: int) -> Tensor:
+        extent = min(before.shape[axis], tile.shape[axis], extent)
+        share = torch.arange(extent, device=tile.device, dtype=torch.float32) / max(extent, 1)
+        share = share.to(tile.dtype).view(-1, *[1] * (3 - axis))
+        ours = tile.narrow(axis, 0, extent)
+        ours.copy_(before.narrow(axis, before.shape[axis] - extent, extent) * (1 - share) + ours * share)
+        return tile
+
+    return blend
+
+
 def _tiling(vae: nn.Module, tile: int, largest: int) -> None:
     if not hasattr(vae, 'enable_tiling'):
         return
@@ -329,7 +348,7 @@ def check_memory(
     helps = [
         *(['--chunk-guidance'] if guided and not how.chunk_guidance else []),
         *(['--chunk-feed-forward 8'] if how.chunk_feed_forward == 1 else []),
-        *(['--tile 1024'] if not how.tile or how.tile > 1024 else []),
+        *(['--tile 512'] if not how.tile or how.tile > 512 else []),
         *(['--offload model'] if how.offload == 'none' else []),
     ]
     says = f'{last} needs about {found["total"] / 1e9:.1f} GB on {device}, which has {have / 1e9:.1f} GB; '
@@ -343,7 +362,7 @@ def check_memory(
 
 @contextlib.contextmanager
 def _watched(vae: nn.Module, spent: dict[str, float], device: str) -> Iterator[None]:
-    """Adds up the seconds of encoding and decoding."""
+    """Adds up the seconds of encoding and decoding, and blends tiles in few launches."""
 
     def timed(name, plain):
         def call(*args, **kwargs):
@@ -356,13 +375,15 @@ def _watched(vae: nn.Module, spent: dict[str, float], device: str) -> Iterator[N
 
         return call
 
-    names = ('encode', 'decode')
-    for name in names:
-        setattr(vae, name, timed(name, getattr(vae, name)))
+    changed = {name: timed(name, getattr(vae, name)) for name in ('encode', 'decode')}
+    if type(vae) is AutoencoderKL:
+        changed |= {'blend_v': _blend(2), 'blend_h': _blend(3)}
+    for name, call in changed.items():
+        setattr(vae, name, call)
     try:
         yield
     finally:
-        for name in names:
+        for name in changed:
             delattr(vae, name)
 
 

@@ -9,6 +9,9 @@ Random weights, channels-last; SD 1.5's published LinFusion has MLPs as wide as 
 | formula | the published order of operations in plain PyTorch |
 | none | the layer gives back its input: what is left of a step is everything else |
 
+`sdpa fused` and `linfusion fused` are after diffusers' `fuse_qkv_projections()`; `sdpa fast` and `linfusion fast` also
+have `zoo.diffusion.layers.fast_layers` for everything but the attention.
+
 Modes: `eager`; `compiled`, the whole UNet by `torch.compile`; `captured`, a CUDA graph of the eager step; `compiled
 captured`, one of the compiled step. A step that does not fit is tried at batch 1, then with feed-forward layers in
 pieces, and the row says so. Peak memory is what PyTorch allocated at most, weights included.
@@ -33,7 +36,7 @@ from zoo.tools.generate_image import parse_size
 
 SIZES = (512, 1024, 2048, 4096, 8192, 16384)
 MODES = ('eager', 'captured', 'compiled', 'compiled captured')
-ROWS = ('sdpa', 'sdpa fused', 'linfusion', 'linfusion fused', 'formula', 'none')
+ROWS = ('sdpa', 'sdpa fused', 'sdpa fast', 'linfusion', 'linfusion fused', 'linfusion fast', 'formula', 'none')
 MODELS = ('sd15', 'sdxl')
 _SETTINGS = ('dtype', 'sizes', 'batch', 'rows', 'modes', 'quick', 'row_seconds')
 # What a step is tried with: batch (None: the one asked for), pieces of the feed-forward layers.
@@ -171,13 +174,15 @@ def _end_to_end(name: str, args: argparse.Namespace) -> dict:
     import time
 
     from zoo.diffusion.highres import Savings, generate, ladder
+    from zoo.diffusion.layers import fast_layers
     from zoo.tools._unet_rows import build_pipeline
     from zoo.tools.generate_image import write_images
 
     pipe, inputs = build_pipeline(name, args.device, args.torch_dtype, args.quick)
     pipe.set_progress_bar_config(disable=True)
     stages = ladder(pipe, *args.end_to_end_size, args.steps)
-    how = Savings(chunk_guidance=False, tile=32 if args.quick else 2048)
+    fast_layers(pipe)
+    how = Savings(chunk_guidance=False, tile=32 if args.quick else 1024)
     generate(pipe, stages[:1], how, say=str, **inputs)  # kernels are loaded and chosen
     if args.device.startswith('cuda'):
         torch.cuda.reset_peak_memory_stats()
@@ -211,7 +216,7 @@ def compare(rows: list[dict]) -> list[dict]:
         if not row.startswith('linfusion'):
             continue
         pair = dict(zip(('model', 'size', 'mode', 'batch', 'row'), (*key, row)))
-        for peer in ('sdpa', 'sdpa fused'):
+        for peer in ('sdpa', 'sdpa fused', 'sdpa fast'):
             if at(peer):
                 pair[f'times_faster_than_{peer.replace(" ", "_")}'] = round(at(peer) / at(row), 3)
         if at('formula') and at('none') and at(row) > at('none'):

@@ -17,6 +17,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0, FusedAttnProc
 from torch import nn
 
 from zoo.backbones.linfusion import LinearSelfAttention, LinFusion
+from zoo.diffusion.layers import fast_layers, plain_layers
 
 
 def unet_config(name: str, quick: bool) -> tuple[dict, int | str | None]:
@@ -122,9 +123,18 @@ def self_attention(linear, row: str) -> Iterator[None]:
     Args:
         linear: the UNet's LinFusion.
         row: `sdpa`, `linfusion`, `formula` or `none`; `sdpa fused` and `linfusion fused` are after diffusers'
-            `fuse_qkv_projections()`.
+            `fuse_qkv_projections()`, `sdpa fast` and `linfusion fast` after that and `fast_layers`.
     """
     device, layers = linear.device, list(linear.layers.values())
+    if row.endswith('fast'):
+        model = linear.model
+        fast_layers(model)
+        try:
+            with self_attention(linear, row.replace('fast', 'fused')):
+                yield
+        finally:
+            plain_layers(model)
+        return
     if row.startswith('sdpa'):
         with linear.teacher() as unet:
             softmax = [unet.get_submodule(name) for name in linear.layers]

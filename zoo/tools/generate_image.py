@@ -34,19 +34,23 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument('--native', type=int, metavar='N', help="side of the first level; default: the model's own")
     parser.add_argument('--images', type=int, default=1, metavar='N', help='of this prompt; default: 1')
     parser.add_argument('--seed', type=int, default=0, metavar='N')
-    parser.add_argument('--output', type=Path, default=Path('image.png'), metavar='PNG', help='default: image.png')
+    parser.add_argument('--output', type=Path, default=Path('image.png'), metavar='FILE', help='PNG, JPEG or WebP '
+                        'by its name; default: image.png')  # fmt: skip
     parser.add_argument('--device', help='cuda where there is one, otherwise cpu')
     parser.add_argument('--dtype', choices=('fp16', 'bf16', 'fp32'), help='default: fp16, on CPUs fp32')
     less = parser.add_argument_group('less memory')
     less.add_argument('--chunk-guidance', action='store_true', help='with and without prompt one after the other')
     less.add_argument('--chunk-feed-forward', type=int, default=1, metavar='N', help='tokens in N pieces; default: 1')
-    less.add_argument('--tile', type=int, default=2048, metavar='N', help='side of the tiles that the VAE takes images '
-                      'beyond it in; default: 2048, 0: never')  # fmt: skip
+    less.add_argument('--tile', type=int, default=1024, metavar='N', help='side of the tiles that the VAE takes images '
+                      'beyond it in; default: 1024, 0: never')  # fmt: skip
     less.add_argument('--offload', default='none', choices=('none', 'model', 'sequential'), help='keep weights in main '
                       'memory: model by model or layer by layer')  # fmt: skip
     less.add_argument('--memory-gb', type=float, metavar='X', help='stay below; default: what the device has')
     less.add_argument('--dry-run', action='store_true', help='show levels and the estimate, generate nothing')
     return parser
+
+
+FORMATS = {'.png': 'PNG', '.jpg': 'JPEG', '.jpeg': 'JPEG', '.webp': 'WEBP'}
 
 
 def load_pipeline(name: str, linfusion: str, dtype: torch.dtype):
@@ -94,7 +98,7 @@ def parse_size(text: str, option: str = '--size') -> tuple[int, int]:
 
 
 def write_images(images: torch.Tensor, target: Path) -> list[Path]:
-    """Write PNG files.
+    """Write image files, in the format that the name says.
 
     Args:
         images: (B, 3, H, W) in [0, 1].
@@ -104,11 +108,13 @@ def write_images(images: torch.Tensor, target: Path) -> list[Path]:
 
     target.parent.mkdir(parents=True, exist_ok=True)
     paths = []
+    # a PNG of 16384 x 8192 pixels takes 20 seconds at level 1, minutes at more
+    how = {'compress_level': 1} if target.suffix.lower() == '.png' else {'quality': 95}
     for i, image in enumerate(images):
         path = target if len(images) == 1 else target.with_stem(f'{target.stem}_{i}')
         pixels = (image.permute(1, 2, 0) * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
         partial = path.with_name(f'.{path.name}.{os.getpid()}')
-        Image.fromarray(pixels).save(partial, format='PNG', compress_level=1)  # large ones take minutes at more
+        Image.fromarray(pixels).save(partial, format=FORMATS[path.suffix.lower()], **how)
         partial.replace(path)
         paths.append(path)
     return paths
@@ -126,7 +132,10 @@ def cli_generate_image(argv: list[str]) -> int:
         raise ZooError(f'--offload {args.offload} keeps weights in main memory, where a CPU has them already')
     if args.size is not None:
         parse_size(args.size)  # before any download
+    if args.output.suffix.lower() not in FORMATS:
+        raise ZooError(f'--output {args.output}: name it with one of {", ".join(FORMATS)}')
     from zoo.diffusion.highres import STRENGTHS, Savings, check_memory, denoiser, generate, ladder, native_side
+    from zoo.diffusion.layers import fast_layers
 
     dtypes = {'fp16': torch.float16, 'bf16': torch.bfloat16, 'fp32': torch.float32}
     dtype = dtypes[args.dtype or ('fp16' if device.startswith('cuda') else 'fp32')]
@@ -143,6 +152,7 @@ def cli_generate_image(argv: list[str]) -> int:
     print(f'memory: about {parts}' if parts else f'memory: no estimate for {type(denoiser(pipe)).__name__}')
     if args.dry_run:
         return 0
+    fast_layers(pipe)
     if how.offload == 'none':
         pipe.to(device)
     else:
