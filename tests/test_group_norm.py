@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from zoo.kernels import _dispatch
 from zoo.kernels.group_norm import group_norm
 
 import zoo
@@ -31,6 +32,15 @@ def results(backend, x, weight, bias, dtype, **options):
         y = group_norm(args[0], 4, args[1], args[2], 1e-5, **options)
         torch.manual_seed(1)
         return [y, *torch.autograd.grad(y, leaves, torch.randn(y.shape).to(DEVICE, y.dtype))]
+
+
+@pytest.fixture(params=['one launch', 'three launches'], autouse=True)
+def launches(request, monkeypatch):
+    """Small images as the whole of a program, and as large ones."""
+    kernels = _dispatch.triton_module('group_norm')
+    monkeypatch.setattr(kernels, '_plans', {})
+    if request.param == 'three launches':
+        monkeypatch.setattr(kernels, 'SMALL', 0)
 
 
 @pytest.mark.parametrize('silu', [False, True])

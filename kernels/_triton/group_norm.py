@@ -1,8 +1,9 @@
 """GroupNorm of channels-last images on GPUs.
 
-Forward: sums per channel over parts of the pixels, a small kernel that joins them into the statistics of groups, and
-one that normalises: x is read twice and y written once. Backward: the same three steps over dy and x. Sums are taken
-of differences to the first pixel of a sample, so that a variance is not the small difference of two large numbers.
+Small images: one program to a sample and group, in one launch. Others, forward: sums per channel over parts of the
+pixels, a small kernel that joins them into the statistics of groups, and one that normalises; x is read twice and y
+written once. Backward: the same three steps over dy and x. Sums are taken of differences to the first pixel of a
+sample, so that a variance is not the small difference of two large numbers.
 """
 
 from __future__ import annotations
@@ -177,8 +178,46 @@ def gn_kernel_gradient(x, dy, dx, means, mean, rstd, weight, bias, S, per, units
         tl.store(dx + at, g.to(dx.dtype.element_ty), mask=inside)
 
 
+@triton.jit(do_not_specialize=_SIZES)
+def gn_kernel_whole(x, y, mean, rstd, weight, bias, S, units, groups, size, eps, A: tl.constexpr, BT: tl.constexpr,
+                    BC: tl.constexpr, SILU: tl.constexpr):  # fmt: skip
+    """The whole forward pass of one group; its second reading comes from cache."""
+    g, b, C = tl.program_id(0), tl.program_id(1).to(tl.int64), units * A
+    ok, cols = tl.arange(0, BC) < size, g * size + tl.arange(0, BC)
+    x, y = x + b * S * C, y + b * S * C
+    pivot = tl.load(x + g * size).to(tl.float32)
+    one, two = tl.zeros((BT, BC), tl.float32), tl.zeros((BT, BC), tl.float32)
+    for t in range(0, S, BT):
+        rows = t + tl.arange(0, BT)
+        inside = (rows < S)[:, None] & ok[None, :]
+        d = tl.load(x + rows[:, None] * C + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+        d = tl.where(inside, d - pivot, 0.0)
+        one += d
+        two += d * d
+    count = S.to(tl.float32) * size
+    off = tl.sum(tl.sum(one, 0), 0) / count
+    m = pivot + off
+    r = 1.0 / tl.sqrt(tl.maximum(tl.sum(tl.sum(two, 0), 0) / count - off * off, 0.0) + eps)
+    tl.store(mean + b * groups + g, m)
+    tl.store(rstd + b * groups + g, r)
+    scale = tl.zeros((BC,), tl.float32) + r
+    if weight is not None:
+        scale *= tl.load(weight + cols, mask=ok, other=0.0).to(tl.float32)
+    shift = tl.zeros((BC,), tl.float32)
+    if bias is not None:
+        shift = tl.load(bias + cols, mask=ok, other=0.0).to(tl.float32)
+    for t in range(0, S, BT):
+        rows = t + tl.arange(0, BT)
+        inside = (rows < S)[:, None] & ok[None, :]
+        v = tl.load(x + rows[:, None] * C + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+        z, s = normalised(v, m, scale[None, :], shift[None, :], SILU)
+        tl.store(y + rows[:, None] * C + cols[None, :], (z * s if SILU else z).to(y.dtype.element_ty), mask=inside)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Host side
+
+SMALL = 1 << 15  # numbers of a group that one program takes in no more time than three launches
 
 
 def tile(C: int) -> tuple[int, int, int]:
@@ -201,6 +240,11 @@ class _Plan:
         per = ceil_div(ceil_div(S, min(wanted, ceil_div(S, 4 * bt))), bt) * bt
         parts = ceil_div(S, per)
         self.sums, self.channels = (B, parts, 2, C), (B, 2, C)
+        self.whole = None
+        if S * size <= SMALL:
+            width = next_power(size, 1)
+            consts = {'A': unit, 'BT': max(1, 4096 // width), 'BC': width, 'SILU': silu}
+            self.whole = Launch(gn_kernel_whole, (groups, B, 1), (S, units, groups, size, eps), consts, 8, 2)
         part, whole = {'A': unit, 'BT': bt, 'BC': bc}, {'A': unit, 'BP': 16, 'BC': next_power(size, 1)}
         grid, of_groups = (parts, blocks, B), (groups, B, 1)
         few = max(bt, min(per, 16 * bt))
@@ -236,10 +280,16 @@ def group_norm_fwd(x, groups: int, weight, bias, eps: float, silu: bool, dtype: 
     """y like x in `dtype`; fp32 mean and 1 / standard deviation (B, G)."""
     steps = _plan(x, groups, eps, silu, dtype, _type(weight), _type(bias))
     fp32 = dict(dtype=torch.float32, device=x.device)
-    sums = torch.empty(steps.sums, **fp32)
     at_16 = aligned(x, weight, bias)
+    if steps.whole is not None:
+        y = torch.empty_like(x, dtype=dtype)
+        mean, rstd = torch.empty(steps.stats, **fp32), torch.empty(steps.stats, **fp32)
+        steps.whole(at_16, x, y, mean, rstd, weight, bias)
+        return y, mean, rstd
+    sums = torch.empty(steps.sums, **fp32)
     steps.add(at_16, x, sums)
-    y, mean, rstd = torch.empty_like(x, dtype=dtype), *(torch.empty(steps.stats, **fp32) for _ in range(2))
+    y = torch.empty_like(x, dtype=dtype)
+    mean, rstd = torch.empty(steps.stats, **fp32), torch.empty(steps.stats, **fp32)
     steps.join(at_16, x, sums, mean, rstd)
     steps.apply(at_16, x, y, mean, rstd, weight, bias)
     return y, mean, rstd
