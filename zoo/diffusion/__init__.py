@@ -5,6 +5,7 @@
 
     pipeline = DiffusionPipeline.from_pretrained('stable-diffusion-v1-5/stable-diffusion-v1-5')
     zoo.diffusion.LinFusion.attach(pipeline, 'auto')       # the published weights that fit its UNet
+    zoo.diffusion.fast_layers(pipeline)                    # GroupNorm and GEGLU in Triton kernels
     pipeline.save_pretrained('linear')                     # DiffusionPipeline.from_pretrained loads it
 
 diffusers finds classes of models by name in its own namespace, and has no other registry: there the linear classes are
@@ -29,6 +30,7 @@ from zoo.backbones.linfusion import (
     LinearUNet2DConditionModel,
     LinFusion,
 )
+from zoo.diffusion.layers import fast_layers, plain_layers
 
 __all__ = [
     'LinFusion',
@@ -36,6 +38,8 @@ __all__ = [
     'LinearPixArtTransformer2DModel',
     'LinearSelfAttention',
     'LinearUNet2DConditionModel',
+    'fast_layers',
+    'plain_layers',
     'register',
 ]
 

@@ -107,7 +107,9 @@ def cli_bench(argv: list[str]) -> int:
     args.repeats = args.repeats or (50 if gpu else 10)
     threads, tuned = torch.get_num_threads(), torch.backends.cudnn.benchmark
     torch.set_num_threads(args.threads or threads)
-    torch.backends.cudnn.benchmark = gpu or tuned  # sizes do not change: the fastest convolution for everybody
+    # Where sizes do not change, the fastest convolution for everybody; elsewhere every new size would be searched anew.
+    changing = args.what == 'detect' or getattr(args, 'end_to_end', None)
+    torch.backends.cudnn.benchmark = (gpu and not changing) or tuned
     try:
         result = _VERBS[args.what](args)
     finally:
