@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from zoo.kernels import _dispatch
+from zoo.kernels import group_norm as ops
 from zoo.kernels.group_norm import group_norm
 
 import zoo
@@ -83,6 +84,17 @@ def test_every_element_is_written_and_other_layouts_are_pytorchs():
         y = group_norm(x.contiguous(memory_format=torch.channels_last), 3, dtype=torch.float16)
     assert y.dtype == torch.float16 and relative_rms(y, F.group_norm(x, 3)) < 1e-3
     assert group_norm(x[:0], 3).shape == (0, 24, 6, 5)
+
+
+def test_custom_ops_and_compiler():
+    x = torch.randn(1, 8, 5, 6).to(DEVICE).contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.randn(8).to(DEVICE), torch.randn(8).to(DEVICE)
+    for silu in (False, True):
+        leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+        torch.library.opcheck(ops._op.custom, (leaves[0], 4, *leaves[1:], 1e-5, silu, torch.float32))
+    with zoo.kernel_backend('triton'):
+        compiled = torch.compile(lambda x: group_norm(x * 2, 4, weight, bias), fullgraph=True, backend='aot_eager')
+        torch.testing.assert_close(compiled(x), group_norm(x * 2, 4, weight, bias))
 
 
 def test_bad_arguments_are_named():
