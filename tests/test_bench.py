@@ -266,7 +266,7 @@ def test_unet(tmp_path, capsys):
     more = ['--end-to-end', '128x128', '--steps', '3', '--plot', str(plot)]
     result = bench(tmp_path, *UNET, '--sizes', '64', *more)
     *rows, whole = result['results']
-    names = ('sdpa', 'sdpa fused', 'linfusion', 'linfusion fused', 'formula', 'none')
+    names = ('sdpa', 'sdpa fused', 'sdpa fast', 'linfusion', 'linfusion fused', 'linfusion fast', 'formula', 'none')
     assert [(r['size'], r['row']) for r in rows] == [(64, row) for row in names]
     assert all(r['step_ms'] >= r['min_ms'] > 0 and r['batch'] == 2 and r['model'] == 'sdxl' for r in rows)
     times = {(r['size'], r['row']): r['step_ms'] for r in rows}
@@ -290,10 +290,12 @@ def test_unet_rows_are_what_they_say():
         for p in linear.parameters():
             p.add_(torch.randn_like(p) * 0.05)
         found = {}
-        for row in ('linfusion', 'linfusion fused', 'formula', 'sdpa', 'sdpa fused', 'none', 'linfusion again'):
+        rows = ('linfusion', 'linfusion fused', 'linfusion fast', 'formula', 'sdpa', 'sdpa fused', 'sdpa fast', 'none')
+        for row in (*rows, 'linfusion again'):
             with self_attention(linear, row):
                 found[row] = unet(*given, **named)[0]
-    for one, other in (('formula', 'linfusion'), ('linfusion fused', 'linfusion'), ('sdpa fused', 'sdpa')):
+    same = (('formula', 'linfusion'), ('linfusion fused', 'linfusion'), ('sdpa fused', 'sdpa'))
+    for one, other in (*same, ('linfusion fast', 'linfusion fused'), ('sdpa fast', 'sdpa fused')):
         torch.testing.assert_close(found[one], found[other], rtol=1e-4, atol=1e-4)
     assert not torch.equal(found['linfusion fused'], found['linfusion'])
     assert torch.equal(found['linfusion'], found['linfusion again'])

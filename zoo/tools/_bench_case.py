@@ -57,4 +57,4 @@ class Case:
                 return i in self.batched
             return x.ndim >= 3 and x.shape[0] == self.dims['B']
 
-        return tuple(x if x is None or not is_batched(i, x) else x[:batch].contiguous() for i, x in enumerate(inputs))
+        return tuple(x if x is None or not is_batched(i, x) else x[:batch].clone() for i, x in enumerate(inputs))

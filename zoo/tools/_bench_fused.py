@@ -1,4 +1,4 @@
-"""The fused token ops and patch embeddings at ViG's shapes, for `zoo bench kernels`."""
+"""The fused token ops and patch embeddings at ViG's shapes, those of diffusion models, for `zoo bench kernels`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from torch import Tensor
 
 from zoo.kernels.block_tail import Norm, _torch_block_tail, block_tail
 from zoo.kernels.conv_norm import conv_norm
+from zoo.kernels.group_norm import group_norm
 from zoo.kernels.mix import gated_local_mix, log_gates
 from zoo.kernels.norm import rms_norm
-from zoo.kernels.swiglu import swiglu
+from zoo.kernels.swiglu import geglu, swiglu
 from zoo.tools._bench_case import Case
 
 # (B, T, H, V, hidden channels of the MLP); channels are H V, key channels half of that.
@@ -28,6 +29,13 @@ CONVS = {
     'vig_tiny_1024_conv1': (16, 3, 1024, 96, 9, 8),
     'vig_tiny_1024_conv2': (16, 96, 128, 192, 3, 2),
     'vig_small_224_conv1': (128, 3, 224, 192, 9, 8),
+}
+# (B, C, height and width) of feature maps: Stable Diffusion 1.5's first level at the stated size, a tile of its VAE.
+MAPS = {
+    'sd15_512': (2, 320, 64),
+    'sd15_2048': (2, 320, 256),
+    'sd15_4096': (2, 320, 512),
+    'vae_1024': (1, 128, 1024),
 }
 
 
@@ -113,6 +121,33 @@ def _conv_cases() -> list[Case]:
     return found
 
 
+def _group_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return group_norm(x, 32, weight, bias, silu=True)
+
+
+def _eager_group_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.silu(F.group_norm(x, 32, weight, bias))
+
+
+def _eager_geglu(x: Tensor) -> Tensor:
+    a, b = x.chunk(2, -1)
+    return a * F.gelu(b)
+
+
+def _diffusion_cases() -> list[Case]:
+    """GroupNorm and SiLU of channels-last maps; GEGLU of as many tokens, four times as wide."""
+    found = []
+    for label, (batch, channels, side) in MAPS.items():
+        n, dims = batch * channels * side**2, dict(B=batch, C=channels, side=side)
+        shapes = ((batch, channels, side, side), (channels,), (channels,))
+        case = _case('group_norm', label, shapes, _group_norm, _eager_group_norm, (2 * n, 3 * n), dims)
+        found.append(replace(case, make=partial(_last, case.make)))
+        if label.startswith('sd15'):
+            shape = ((batch, side**2, 8 * channels),)
+            found.append(_case('geglu', label, shape, geglu, _eager_geglu, (12 * n, 20 * n), dims))
+    return found
+
+
 def _last(make, device: str, dtype: torch.dtype, seed: int) -> tuple[Tensor, ...]:
     x, *rest = make(device, dtype, seed)
     return x.contiguous(memory_format=torch.channels_last), *rest
@@ -152,4 +187,4 @@ def cases() -> list[Case]:
             shapes = (per_head, map_, per_head, per_head, *weights)
             case = _case('block_tail', label, shapes, _tail, _eager_tail, (6 * n, 0), dims)
             found.append(replace(case, peers={**case.peers, 'one op after the other': _own_ops_tail}))
-    return found + _conv_cases()
+    return found + _conv_cases() + _diffusion_cases()
