@@ -12,6 +12,7 @@ import torch
 from timm.layers import trunc_normal_
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
+from timm.models._manipulate import MATCH_PREV_GROUP
 from torch import Tensor, nn
 from zoo.backbones._layers import Normed, Pending, PreNormBlock, add_pending, add_then_norm
 
@@ -104,7 +105,7 @@ class TokenMixin(_CommonMixin):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
-        return dict(stem=r'^pos_embed|^patch_embed', blocks=[(r'^blocks\.(\d+)', None), (r'^norm', (99999,))])
+        return dict(stem=r'^pos_embed|^patch_embed', blocks=[(r'^blocks\.(\d+)', None), (r'^norm', MATCH_PREV_GROUP)])
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -205,10 +206,11 @@ class PyramidMixin(_CommonMixin):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
-        last = (self.final_names, (99999,))
+        last = (self.final_names, MATCH_PREV_GROUP)
         if coarse:
             return dict(stem=r'^patch_embed', blocks=[(r'^layers\.(\d+)', None), last])
-        blocks = [(r'^layers\.(\d+)\.downsample', (0,)), (r'^layers\.(\d+)\.blocks\.(\d+)', None), last]
+        downsample = (r'^layers\.(\d+)\.downsample', MATCH_PREV_GROUP)  # with the last block of its stage
+        blocks = [downsample, (r'^layers\.(\d+)\.blocks\.(\d+)', None), last]
         return dict(stem=r'^patch_embed', blocks=blocks)
 
     def stem(self, x: Tensor) -> Tensor:

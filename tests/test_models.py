@@ -279,7 +279,7 @@ def test_layer_decay_groups(name):
     stem = scale[id(named[model.default_cfg['first_conv'] + '.weight'])]
     assert stem == min(scale.values()) < 0.5
     assert len(set(scale.values())) >= 4
-    blocks = [scale[id(p)] for n, p in named.items() if n.startswith(('blocks', 'layers.')) and 'downsample' not in n]
+    blocks = [scale[id(p)] for n, p in named.items() if n.startswith(('blocks', 'layers.'))]
     assert blocks == sorted(blocks)
 
 
