@@ -12,12 +12,14 @@ import torch
 from timm.layers import trunc_normal_
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
+from timm.models._manipulate import MATCH_PREV_GROUP
 from torch import Tensor, nn
 from zoo.backbones._layers import Normed, Pending, PreNormBlock, add_pending, add_then_norm
 
-__all__ = ['PyramidMixin', 'TokenMixin', 'squeeze_linears', 'unwrap_checkpoint']
+__all__ = ['PyramidMixin', 'TokenMixin', 'published_weights', 'squeeze_linears', 'unwrap_checkpoint']
 
 _WRAPPERS = ('state_dict_ema', 'model_ema', 'net_E', 'state_dict', 'model', 'net')  # averaged weights first
+_ADDED_NORMS = ('extra_norms.', 'outnorm')  # the authors' names for the norms of a pyramid's maps
 
 
 def unwrap_checkpoint(state_dict: Mapping) -> dict[str, Tensor]:
@@ -35,6 +37,13 @@ def unwrap_checkpoint(state_dict: Mapping) -> dict[str, Tensor]:
     return out
 
 
+def published_weights(state_dict: Mapping) -> dict[str, Tensor]:
+    """`unwrap_checkpoint`; of a detector or segmentor the backbone alone, without the norms added to its maps."""
+    out = unwrap_checkpoint(state_dict)
+    inside = {k.removeprefix('backbone.'): v for k, v in out.items() if k.startswith('backbone.')}
+    return {k: v for k, v in inside.items() if not k.startswith(_ADDED_NORMS)} if inside else out
+
+
 def _few(items: Sequence[str], limit: int = 6) -> str:
     more = f', ... ({len(items) - limit} more)' if len(items) > limit else ''
     return ', '.join(items[:limit]) + more
@@ -47,10 +56,13 @@ class _CommonMixin:
         """Load weights, bare or in a checkpoint.
 
         Raises:
-            RuntimeError: if keys or shapes do not fit, listing the first few of each kind.
+            RuntimeError: if keys or shapes do not fit, listing the first few of each kind; without `strict` only for
+                shapes, and where not a single key is known.
         """
         own = self.state_dict()
-        fitted = self.adapt_state_dict(unwrap_checkpoint(state_dict))
+        given = unwrap_checkpoint(state_dict)
+        strict = strict or bool(given) and own.keys().isdisjoint(given)
+        fitted = self.adapt_state_dict(given)
         shapes = [
             f'{k}: file {tuple(fitted[k].shape)}, model {tuple(own[k].shape)}'
             for k in fitted
@@ -93,7 +105,7 @@ class TokenMixin(_CommonMixin):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
-        return dict(stem=r'^pos_embed|^patch_embed', blocks=[(r'^blocks\.(\d+)', None), (r'^norm', (99999,))])
+        return dict(stem=r'^pos_embed|^patch_embed', blocks=[(r'^blocks\.(\d+)', None), (r'^norm', MATCH_PREV_GROUP)])
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -101,10 +113,10 @@ class TokenMixin(_CommonMixin):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier; 0 classes give pooled features, `global_pool=''` unpooled tokens."""
-        self.num_classes = num_classes
         if global_pool is not None:
             _check_pool(global_pool)
             self.global_pool = global_pool
+        self.num_classes = num_classes
         self.head = _new_head(self.num_features, num_classes, self.norm.weight)
 
     def forward_intermediates(
@@ -194,10 +206,11 @@ class PyramidMixin(_CommonMixin):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
-        last = (self.final_names, (99999,))
+        last = (self.final_names, MATCH_PREV_GROUP)
         if coarse:
             return dict(stem=r'^patch_embed', blocks=[(r'^layers\.(\d+)', None), last])
-        blocks = [(r'^layers\.(\d+)\.downsample', (0,)), (r'^layers\.(\d+)\.blocks\.(\d+)', None), last]
+        downsample = (r'^layers\.(\d+)\.downsample', MATCH_PREV_GROUP)  # with the last block of its stage
+        blocks = [downsample, (r'^layers\.(\d+)\.blocks\.(\d+)', None), last]
         return dict(stem=r'^patch_embed', blocks=blocks)
 
     def stem(self, x: Tensor) -> Tensor:
@@ -222,10 +235,10 @@ class PyramidMixin(_CommonMixin):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier; 0 classes give pooled features, `global_pool=''` the unpooled map."""
-        self.num_classes = num_classes
         if global_pool is not None:
             _check_pool(global_pool)
             self.global_pool = global_pool
+        self.num_classes = num_classes
         self.set_submodule(
             self.classifier_name, _new_head(self.num_features, num_classes, next(self.parameters())), strict=True
         )

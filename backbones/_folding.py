@@ -36,7 +36,8 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 
     if kernel == 1 and not _dispatch.exporting():
         x = x.permute(0, 2, 3, 1)
         # Two dimensions, so that a slice of channels is read where it lies.
-        y = F.linear(x.reshape(-1, x.shape[-1]), weight.flatten(1), bias).view(*x.shape[:-1], -1).permute(0, 3, 1, 2)
+        y = F.linear(x.reshape(-1, x.shape[-1]), weight.flatten(1), bias)
+        y = y.view(*x.shape[:-1], len(weight)).permute(0, 3, 1, 2)
     else:
         y = F.conv2d(x, weight, bias, stride, kernel // 2, 1, x.shape[1] if depthwise else 1)
     return getattr(F, act)(y) if act else y

@@ -20,7 +20,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, SEModule, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_function
 from torch import Tensor, nn
-from zoo.backbones._features import PyramidMixin, unwrap_checkpoint
+from zoo.backbones._features import PyramidMixin, published_weights, unwrap_checkpoint
 from zoo.backbones._folding import Conv, ConvBN, Residual, conv2d, fold, fuse_children, pad_widths, to_channels_last
 from zoo.kernels.selective_scan import selective_scan_2d
 from zoo.kernels.wavelet import haar_signs, wavelet_conv2d
@@ -473,7 +473,7 @@ class MobileMamba(PyramidMixin, nn.Module):
 
 def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor]:
     """Published file, trainer checkpoint (`net_E`, the averaged weights, before `net`) or own checkpoint, bare."""
-    return unwrap_checkpoint(state_dict)
+    return published_weights(state_dict)
 
 
 def _cfg(size: int = 192, file: str = '', top1: float | None = None, **kwargs) -> dict:
@@ -524,6 +524,9 @@ default_cfgs = generate_default_cfgs({**_published_cfgs(), 'test_mobilemamba.unt
 def _create(variant: str, pretrained: bool = False, **kwargs) -> MobileMamba:
     out_indices = kwargs.pop('out_indices', (0, 1, 2))
     kwargs.pop('img_size', None)  # any size: there is no table to fit
+    if kwargs.get('distillation'):
+        overlay = dict(classifier=('head.l', 'head_dist.l'))
+        kwargs['pretrained_cfg_overlay'] = {**overlay, **(kwargs.get('pretrained_cfg_overlay') or {})}
     model = build_model_with_cfg(
         MobileMamba,
         variant,

@@ -20,7 +20,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_function
 from torch import Tensor, nn
-from zoo.backbones._features import PyramidMixin, squeeze_linears, unwrap_checkpoint
+from zoo.backbones._features import PyramidMixin, published_weights, squeeze_linears
 from zoo.backbones._layers import LayerNorm, add_pending, add_then_norm, draw_drop_path
 from zoo.kernels.depthwise_conv import DepthwiseConv2d, depthwise_conv2d
 from zoo.kernels.linear_attention import rank_augmented
@@ -368,11 +368,7 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor
     with `features_only=True`. For the raw weights of a file that holds both, pass
     `pretrained_cfg_overlay={'state_dict': timm.models.load_state_dict(path, use_ema=False)}`.
     """
-    state_dict = unwrap_checkpoint(state_dict)
-    inside = {k.removeprefix('backbone.'): v for k, v in state_dict.items() if k.startswith('backbone.')}
-    if not inside:
-        return state_dict
-    return {k: v for k, v in inside.items() if not k.startswith('extra_norms.')}
+    return published_weights(state_dict)
 
 
 def _cfg(file: str = '', top1: float | None = None, **kwargs) -> dict:

@@ -17,7 +17,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, to_2tuple, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_function
 from torch import Tensor, nn
-from zoo.backbones._features import PyramidMixin, TokenMixin, squeeze_linears, unwrap_checkpoint
+from zoo.backbones._features import PyramidMixin, TokenMixin, published_weights, squeeze_linears
 from zoo.backbones._layers import LayerNorm, LayerNorm2d, RMSNorm, is_bare
 from zoo.backbones._vig_block import HierSwiGLU, SwiGLU, ViGMixer, ViGPreNormBlock, swiglu_width
 from zoo.kernels import _dispatch
@@ -368,7 +368,7 @@ class HierViG(PyramidMixin, nn.Module):
 
 def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor]:
     """Published or training checkpoint to a state dict: unwraps it and renames older ViG-H keys."""
-    state_dict = unwrap_checkpoint(state_dict)
+    state_dict = published_weights(state_dict)
     if not isinstance(model, HierViG):
         return state_dict
     renames = {'patch_embed.proj.': 'patch_embed.0.', 'patch_embed.norm.': 'patch_embed.2.'}

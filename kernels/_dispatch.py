@@ -17,6 +17,8 @@ import torch
 
 BACKENDS = ('auto', 'naive', 'torch', 'triton')
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = (torch.float64, *TRITON_DTYPES)
+DTYPE_NAMES = 'float64, float32, float16 or bfloat16'
 
 _forced = 'auto'
 _told: set[str] = set()

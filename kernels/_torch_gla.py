@@ -131,6 +131,18 @@ def export_gla(q, k, v, gates, scale, initial_state):
 # Layout
 
 
+def checked_cuts(cu_seqlens: Tensor, length: int) -> Tensor:
+    """The boundaries of packed sequences in int64.
+
+    Raises:
+        ValueError: if they do not rise from 0 to `length`.
+    """
+    cuts = cu_seqlens.long()
+    if cuts.numel() < 1 or cuts[0] != 0 or cuts[-1] != length or (cuts.diff() < 0).any():
+        raise ValueError(f'cu_seqlens must rise from 0 to T = {length}, got {cuts.tolist()[:16]}')
+    return cuts
+
+
 class _Packing:
     """Sequences packed in one row <-> a batch padded on the right.
 
@@ -138,10 +150,8 @@ class _Packing:
     """
 
     def __init__(self, cu_seqlens: Tensor, length: int):
-        cuts = cu_seqlens.long()
+        cuts = checked_cuts(cu_seqlens, length)
         lengths = cuts.diff()
-        if cuts.numel() < 1 or cuts[0] != 0 or cuts[-1] != length or (lengths < 0).any():
-            raise ValueError(f'cu_seqlens must rise from 0 to T = {length}, got {cuts.tolist()[:16]}')
         longest = int(lengths.max()) if lengths.numel() else 0
         position = torch.arange(length, device=cuts.device)
         row = torch.repeat_interleave(torch.arange(len(lengths), device=cuts.device), lengths)

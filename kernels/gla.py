@@ -45,7 +45,7 @@ def naive_gla(
     Arguments and results are those of `gated_linear_attention`.
     """
     if cu_seqlens is not None:
-        cuts = cu_seqlens.tolist()
+        cuts = _torch_gla.checked_cuts(cu_seqlens, q.shape[1]).tolist()
         kwargs = dict(scale=scale, output_final_state=True, reverse=reverse)
         parts = []
         for i, (start, end) in enumerate(zip(cuts, cuts[1:])):
@@ -230,8 +230,10 @@ def _check(op: str, q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Tensor | N
         raise ValueError(f'{op}: q and k must both be (B, T, H, K), got {tuple(q.shape)} and {tuple(k.shape)}')
     if v.ndim != 4 or v.shape[:3] != q.shape[:3]:
         raise ValueError(f"{op}: v must be (B, T, H, V) with q's B, T, H = {tuple(q.shape[:3])}, got {tuple(v.shape)}")
-    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
-        raise ValueError(f'{op}: q, k, v must share one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}')
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in _dispatch.DTYPES:
+        raise ValueError(
+            f'{op}: q, k, v must share one floating dtype, {_dispatch.DTYPE_NAMES}, got {q.dtype}, {k.dtype}, {v.dtype}'
+        )
     for name, gate in gates.items():
         if gate is not None and gate.shape not in (q.shape, q.shape[:3]):
             raise ValueError(
@@ -267,7 +269,7 @@ def gated_linear_attention(
         q: queries (B, T, H, K), fp64, fp32, fp16 or bf16.
         k: keys (B, T, H, K), dtype of q.
         v: values (B, T, H, V), dtype of q.
-        g: log gates <= 0, per key channel (B, T, H, K) or per head (B, T, H); None for no decay.
+        g: finite log gates <= 0, per key channel (B, T, H, K) or per head (B, T, H); None for no decay.
         scale: multiplies q; K ** -0.5 by default.
         initial_state: fp32 state (N, H, K, V) that arrives at the first token (at the last one if `reverse`);
             N is B, or the number of sequences with `cu_seqlens`.
@@ -289,6 +291,8 @@ def gated_linear_attention(
             raise ValueError(
                 f'gated_linear_attention: initial_state must be {expected}, got {tuple(initial_state.shape)}'
             )
+        if initial_state.device != q.device:
+            raise ValueError(f'gated_linear_attention: initial_state is on {initial_state.device}, q on {q.device}')
         initial_state = initial_state.to(_state_dtype(q))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if _dispatch.forced() == 'naive':
@@ -328,7 +332,7 @@ def bidirectional_gla(
         q: queries (B, T, H, K), fp64, fp32, fp16 or bf16.
         k: keys (B, T, H, K), dtype of q.
         v: values (B, T, H, V), dtype of q.
-        g_fwd: log gates <= 0 of the forward scan, (B, T, H, K) or (B, T, H); None for no decay.
+        g_fwd: finite log gates <= 0 of the forward scan, (B, T, H, K) or (B, T, H); None for no decay.
         g_bwd: the same for the reversed scan; given exactly when g_fwd is, in the same shape.
         scale: multiplies q; K ** -0.5 by default.
         merge: `mean` halves the sum of the directions, `sum` does not.

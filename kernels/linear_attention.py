@@ -214,8 +214,10 @@ def _check(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f'{op}: q and k must both be (B, T, H, K), got {tuple(q.shape)} and {tuple(k.shape)}')
     if v.ndim != 4 or v.shape[:3] != q.shape[:3]:
         raise ValueError(f"{op}: v must be (B, T, H, V) with q's B, T, H = {tuple(q.shape[:3])}, got {tuple(v.shape)}")
-    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
-        raise ValueError(f'{op}: q, k, v must share one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}')
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in _dispatch.DTYPES:
+        raise ValueError(
+            f'{op}: q, k, v must share one floating dtype, {_dispatch.DTYPE_NAMES}, got {q.dtype}, {k.dtype}, {v.dtype}'
+        )
     if not q.device == k.device == v.device:
         raise ValueError(f'{op}: q, k, v must be on one device, got {q.device}, {k.device}, {v.device}')
 

@@ -225,6 +225,12 @@ def gated_local_mix(
             f'gated_local_mix: o, local and gate must share one shape (B, T, H, V), '
             f'got {tuple(o.shape)}, {tuple(local.shape)}, {tuple(gate.shape)}'
         )
+    for name, x in (('o', o), ('local', local), ('gate', gate)):
+        if x.dtype not in _dispatch.DTYPES or x.device != o.device:
+            raise ValueError(
+                f'gated_local_mix: {name} must be {_dispatch.DTYPE_NAMES}, on {o.device} as o is, '
+                f'got {x.dtype} on {x.device}'
+            )
     if not w_global.shape == w_local.shape == o.shape[-1:]:
         raise ValueError(
             f'gated_local_mix: w_global and w_local must be ({o.shape[-1]},), '

@@ -283,8 +283,10 @@ def selective_scan(
         ValueError: for shapes, dtypes or devices that do not fit, naming the argument.
     """
     op = 'selective_scan'
-    if u.ndim != 3 or not u.is_floating_point():
-        raise ValueError(f'{op}: u must be a floating tensor (B, G D, T), got {tuple(u.shape)} {u.dtype}')
+    if u.ndim != 3 or u.dtype not in _dispatch.DTYPES:
+        raise ValueError(
+            f'{op}: u must be a floating tensor (B, G D, T), {_dispatch.DTYPE_NAMES}, got {tuple(u.shape)} {u.dtype}'
+        )
     batch, channels, length = u.shape
     if A.ndim != 2 or B.ndim != 4 or B.shape[1] == 0 or channels % B.shape[1]:
         raise ValueError(
@@ -337,8 +339,10 @@ def selective_scan_2d(
     op = 'selective_scan_2d'
     if directions not in (2, 4):
         raise ValueError(f'{op}: directions must be 2 or 4, got {directions!r}')
-    if x.ndim != 4 or not x.is_floating_point():
-        raise ValueError(f'{op}: x must be a floating tensor (B, D, H, W), got {tuple(x.shape)} {x.dtype}')
+    if x.ndim != 4 or x.dtype not in _dispatch.DTYPES:
+        raise ValueError(
+            f'{op}: x must be a floating tensor (B, D, H, W), {_dispatch.DTYPE_NAMES}, got {tuple(x.shape)} {x.dtype}'
+        )
     if dt_projs_weight.ndim != 3 or A_logs.ndim != 2:
         raise ValueError(
             f'{op}: dt_projs_weight must be (K, D, R) and A_logs (K D, N), '

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 from zoo.kernels import _dispatch, _torch_ssd
+from zoo.kernels._torch_gla import checked_cuts
 
 __all__ = ['naive_ssd', 'ssd', 'ssd_step', 'ssd_step_']
 
@@ -45,7 +46,7 @@ def naive_ssd(
     Arguments and results are those of `ssd`.
     """
     if cu_seqlens is not None:
-        cuts = cu_seqlens.tolist()
+        cuts = checked_cuts(cu_seqlens, x.shape[1]).tolist()
         parts = []
         for i, (start, end) in enumerate(zip(cuts, cuts[1:])):
             xs, dts, Bs, Cs = (t[:, start:end] for t in (x, dt, B, C))
@@ -240,8 +241,11 @@ def _check(op: str, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: T
             )
         if t.shape[-2] == 0 or heads % t.shape[-2]:
             raise ValueError(f'{op}: {name} has {t.shape[-2]} groups, which do not divide {heads} heads')
-    if not x.dtype == B.dtype == C.dtype or not x.is_floating_point():
-        raise ValueError(f'{op}: x, B and C must share one floating dtype, got {x.dtype}, {B.dtype}, {C.dtype}')
+    if not x.dtype == B.dtype == C.dtype or x.dtype not in _dispatch.DTYPES:
+        raise ValueError(
+            f'{op}: x, B and C must share one floating dtype, {_dispatch.DTYPE_NAMES}, '
+            f'got {x.dtype}, {B.dtype}, {C.dtype}'
+        )
     for name, t in (('dt', dt), ('A', A), ('B', B), ('C', C), ('D', D)):
         if t is not None and not t.is_floating_point():
             raise ValueError(f'{op}: {name} must be floating point, got {t.dtype}')

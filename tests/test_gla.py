@@ -164,11 +164,16 @@ def test_packed_sequences_equal_separate_ones(gate):
         assert relative_rms(x, y) < 1e-5
 
 
-def test_bad_boundaries_of_packed_sequences_are_refused():
+@pytest.mark.parametrize('backend', ['naive', 'torch'])
+@pytest.mark.parametrize('cuts', [[0, 5], [1, 10], [0, 11], [0, 7, 5, 10], [0]], ids=str)
+def test_bad_boundaries_of_packed_sequences_are_refused(cuts, backend):
     q, k, v, g, b = make_inputs(1, 10, 1, 4, 4)
-    for cuts in ([0, 5], [1, 10], [0, 7, 5, 10]):
+    cu_seqlens = torch.tensor(cuts)
+    with zoo.kernel_backend(backend):
         with pytest.raises(ValueError, match='cu_seqlens must rise from 0 to T = 10'):
-            bidirectional_gla(q, k, v, g, b, cu_seqlens=torch.tensor(cuts))
+            bidirectional_gla(q, k, v, g, b, cu_seqlens=cu_seqlens)
+        with pytest.raises(ValueError, match='cu_seqlens must rise from 0 to T = 10'):
+            gated_linear_attention(q, k, v, g, cu_seqlens=cu_seqlens)
 
 
 def test_non_contiguous_inputs_and_untouched_arguments():
@@ -213,6 +218,7 @@ def test_errors_name_the_argument():
         ((q[0], k, v, g, b), 'q and k must both be'),
         ((q, k, v[:, :3], g, b), 'v must be'),
         ((q, k.half(), v, g, b), 'share one floating dtype'),
+        ((*(x.to(torch.float8_e4m3fn) for x in (q, k, v)), g, b), 'float64, float32, float16 or bfloat16'),
         ((q, k, v, g[..., :4], b), 'g_fwd must be'),
         ((q, k, v, g, None), 'g_fwd and g_bwd must both be None or have the same shape'),
     ]
@@ -225,6 +231,8 @@ def test_errors_name_the_argument():
         bidirectional_gla(q, k, v, g, b, cu_seqlens=torch.tensor([0, 6]))
     with pytest.raises(ValueError, match='initial_state must be'):
         gated_linear_attention(q, k, v, g, initial_state=torch.zeros(2, 2, 8, 9))
+    with pytest.raises(ValueError, match='initial_state is on meta'):
+        gated_linear_attention(q, k, v, g, initial_state=torch.zeros(2, 2, 8, 8, device='meta'))
 
 
 @pytest.mark.parametrize('gate', GATES)
@@ -289,6 +297,10 @@ def test_gated_local_mix_is_a_gated_sum_of_norms():
     torch.testing.assert_close(gated_local_mix(o, local, gate, w_global, w_local, 1e-6), expected)
     with pytest.raises(ValueError, match='share one shape'):
         gated_local_mix(o, local[:, :2], gate, w_global, w_local)
+    with pytest.raises(ValueError, match='local must be float64'):
+        gated_local_mix(o, local.long(), gate, w_global, w_local)
+    with pytest.raises(ValueError, match='gate must be .* on cpu as o is'):
+        gated_local_mix(o, local, gate.to('meta'), w_global, w_local)
 
 
 def test_default_scale_and_merge():

@@ -273,6 +273,7 @@ def test_errors_name_the_argument():
         (lambda: linear_attention(q[0], k, v), 'q and k must both be'),
         (lambda: linear_attention(q, k, v[:, :3]), 'v must be'),
         (lambda: linear_attention(q, k.half(), v), 'share one floating dtype'),
+        (lambda: linear_attention(*(x.to(torch.float8_e4m3fn) for x in (q, k, v))), 'float16 or bfloat16'),
         (lambda: rank_augmented(q, k, v, height=3, width=5), r'height \* width must be T = 12'),
         (lambda: rank_augmented(q, k, v[..., :4], **kwargs), 'v must have the shape of q'),
         (lambda: rank_augmented(q[..., :6], k[..., :6], v[..., :6], **kwargs), 'multiple of 4'),

@@ -238,6 +238,14 @@ def test_two_heads(tmp_path):
     double.load_state_dict(single.state_dict())
     with torch.no_grad():
         torch.testing.assert_close(double(x), single(x))
+    torch.save(model.eval().state_dict(), tmp_path / 'w.pth')  # two heads of 3 classes, for another number of them
+    overlay = {'file': str(tmp_path / 'w.pth'), 'num_classes': 3}
+    other = timm.create_model(
+        NAME, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=9, distillation=True
+    ).eval()
+    with torch.no_grad():
+        assert other(x).shape == (2, 9)
+        assert torch.equal(other.forward_features(x), model.forward_features(x))
 
 
 def test_native_small_images():

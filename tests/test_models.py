@@ -78,6 +78,7 @@ def test_forward_at_any_size(name, size):
         x = images(*size, batch=2)
         alone = torch.cat([model(x[:1]), model(x[1:])])
         assert both.shape == (2, 1000) and both.isfinite().all()
+        assert model(x[:0]).shape == (0, 1000)
         torch.testing.assert_close(model(x), alone, rtol=1e-4, atol=1e-5)
 
 
@@ -139,7 +140,8 @@ def test_reset_classifier(name):
     assert meta(name, num_classes=0)(x).shape == (1, model.num_features)
     assert meta(name, num_classes=0, global_pool='')(x).shape == unpooled.shape
     with pytest.raises(ValueError, match='global_pool'):
-        model.reset_classifier(7, 'no such pooling')
+        model.reset_classifier(5, 'no such pooling')
+    assert model.num_classes == 7 and model(x).shape == (1, 7), 'what is refused changes nothing'
 
 
 @pytest.mark.parametrize('name', SMALL)
@@ -277,7 +279,7 @@ def test_layer_decay_groups(name):
     stem = scale[id(named[model.default_cfg['first_conv'] + '.weight'])]
     assert stem == min(scale.values()) < 0.5
     assert len(set(scale.values())) >= 4
-    blocks = [scale[id(p)] for n, p in named.items() if n.startswith(('blocks', 'layers.')) and 'downsample' not in n]
+    blocks = [scale[id(p)] for n, p in named.items() if n.startswith(('blocks', 'layers.'))]
     assert blocks == sorted(blocks)
 
 

@@ -226,6 +226,25 @@ def test_wrong_file_gives_a_short_list(kind, route, tmp_path):
     assert 'missing' in text and 'unexpected' in text
 
 
+def test_backbone_of_a_detector(kind, source, tmp_path):
+    """A detector's file has the backbone's keys under `backbone.`, norms of its maps, a neck, and no classifier."""
+    detector = {f'backbone.{k}': v for k, v in source.state_dict().items() if not k.startswith(('head', 'classifier'))}
+    detector |= {'neck.weight': torch.zeros(3), 'backbone.outnorm0.weight': torch.zeros(3)}
+    torch.save({'meta': {'epoch': 1}, 'state_dict': detector}, tmp_path / 'w.pth')
+    maps = from_file(kind, tmp_path / 'w.pth', features_only=True).eval()
+    with torch.no_grad():
+        wanted = source.forward_intermediates(x(), indices=maps.feature_info.out_indices, intermediates_only=True)
+        assert all(torch.equal(a, b) for a, b in zip(maps(x()), wanted, strict=True))
+
+
+@pytest.mark.parametrize('kwargs', [{'num_classes': 7}, {'features_only': True}], ids=str)
+def test_file_without_a_single_known_key_is_refused(kind, kwargs, tmp_path):
+    """Where a new head allows for missing keys, a file of another network must not leave random weights behind."""
+    torch.save({'encoder.weight': torch.zeros(3), 'encoder.bias': torch.zeros(3)}, tmp_path / 'w.pth')
+    with pytest.raises(RuntimeError, match=r'unexpected \(2\): encoder.weight, encoder.bias'):
+        from_file(kind, tmp_path / 'w.pth', **kwargs)
+
+
 def test_wrong_shapes_are_named(kind, source, tmp_path):
     weights = source.state_dict()
     key = next(k for k in weights if k.endswith(('qkv_proj.weight', 'qkvo.weight', 'pw1.c.weight')))

@@ -204,6 +204,7 @@ def test_errors_name_the_argument():
     x, *parameters = make_map(2, 4, 3, 3)
     cases = [
         (lambda: selective_scan(u[0], delta, A, B, C), r'u must be a floating tensor \(B, G D, T\)'),
+        (lambda: selective_scan(u.to(torch.float8_e4m3fn), delta, A, B, C), 'float64, float32, float16 or bfloat16'),
         (lambda: selective_scan(u, delta[:, :, :3], A, B, C), 'delta must be'),
         (lambda: selective_scan(u, delta, A[:3], B, C), 'A must be'),
         (lambda: selective_scan(u, delta, A, B[:, :, :1], C), 'B must be'),

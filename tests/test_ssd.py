@@ -205,6 +205,7 @@ def test_errors_name_the_argument():
         ((x, dt, A, B[:, :4], C), 'B must be'),
         ((x, dt, A, torch.cat([B, B[:, :, :1]], 2), C), 'B has 3 groups, which do not divide 4 heads'),
         ((x, dt, A, B.half(), C), 'share one floating dtype'),
+        ((x.to(torch.float8_e4m3fn), dt, A, *(t.to(torch.float8_e4m3fn) for t in (B, C))), 'float16 or bfloat16'),
         ((x, dt.long(), A, B, C), 'dt must be floating point'),
     ]
     for arguments, message in cases:
