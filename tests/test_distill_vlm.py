@@ -455,7 +455,9 @@ def test_bad_rows_are_counted_and_do_not_stop_the_report(teacher, tmp_path, caps
     (tmp_path / 'run.yaml').write_text(yaml.safe_dump(config))
     assert main(args) == 0
     shown = capsys.readouterr()
-    assert '3 unreadable samples were skipped' in shown.out and '2 samples were longer than data.max_length' in shown.out
+    assert (
+        '3 unreadable samples were skipped' in shown.out and '2 samples were longer than data.max_length' in shown.out
+    )
     table = json.loads((tmp_path / 'run' / 'report' / 'table.json').read_text())
     assert table['models'][0]['questions'] == {'all': 1} and table['models'][1]['tokens_per_s'] > 0
     assert sum(line.startswith('│ all') for line in shown.out.splitlines()) == 1
