@@ -223,7 +223,13 @@ class HoVLEGeneration:
             config.eos_token_id = self.config.stop_token_ids
 
     def prepare_inputs_for_generation(
-        self, input_ids, next_sequence_length=None, attention_mask=None, is_first_iteration=False, **kwargs
+        self,
+        input_ids,
+        next_sequence_length=None,
+        attention_mask=None,
+        inputs_embeds=None,  # named: `generate` looks for it here
+        is_first_iteration=False,
+        **kwargs,
     ):
         cache = kwargs.get('cache', kwargs.get('past_key_values'))
         if is_first_iteration and next_sequence_length is None and cache is not None and attention_mask is not None:
@@ -236,6 +242,7 @@ class HoVLEGeneration:
             input_ids,
             next_sequence_length=next_sequence_length,
             attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
             **kwargs,
         )

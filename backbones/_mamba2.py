@@ -72,6 +72,8 @@ class Mamba2Mixer(Mixer):
         **kwargs: Any,
     ):
         super().__init__(hidden_size, num_heads, num_kv_heads, head_dim, **kwargs)
+        if conv_width < 1:
+            raise ValueError(f'conv_width={conv_width}: expected taps; use_conv=False leaves the convolution out')
         self.mimic_init, self.norm_eps, self.conv_width = mimic_init, norm_eps, conv_width
         channels = (num_heads + 2 * num_kv_heads) * head_dim
         self.conv1d = nn.Conv1d(channels, channels, conv_width, groups=channels) if use_conv else None

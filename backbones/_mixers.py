@@ -208,6 +208,8 @@ class HedgehogMixer(_WindowedMixer):
         if feature_init not in ('identity', 'kaiming'):
             raise ValueError(f"feature_init={feature_init!r}: expected 'identity' or 'kaiming'")
         features = min(head_dim, 64) if features is None else features
+        if features < 1:
+            raise ValueError(f'features={features}: expected at least 1')
         self.feature_init = feature_init
         self.q_map = nn.Parameter(torch.zeros(num_heads, head_dim, features))
         self.k_map = nn.Parameter(torch.zeros(num_heads, head_dim, features))
@@ -300,6 +302,8 @@ class GatedDeltaNetMixer(Mixer):
         super().__init__(hidden_size, num_heads, num_kv_heads, head_dim, **kwargs)
         if activation not in (None, 'silu'):
             raise ValueError(f"activation={activation!r}: expected 'silu' or None")
+        if conv_width < 0:
+            raise ValueError(f'conv_width={conv_width}: expected the number of taps, or 0 for none')
         self.conv_width, self.activation, self.rotary = conv_width, activation, rotary
         self.negative_eigenvalues, self.max_memory, self.norm_eps = negative_eigenvalues, max_memory, norm_eps
         channels = (num_heads + 2 * num_kv_heads) * head_dim

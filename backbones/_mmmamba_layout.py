@@ -63,6 +63,10 @@ def split_projections(state: Mapping[str, Tensor], module: nn.Module) -> dict[st
         prefix, found, rest = key.rpartition(_PUBLISHED_NORM)
         if found and not rest:
             out[prefix + _NORM] = out.pop(key)
+        for name in ('q', 'k'):  # `use_qknorm`'s; here those names belong to norms of the teacher's
+            ours = key.replace(f'{name}_norm.', f'{name}_layer_norm.')
+            if key in out and ours in sizes and key not in sizes:
+                out[ours] = out.pop(key)
     return out
 
 

@@ -354,6 +354,16 @@ class HoVLEForConditionalGeneration(HoVLEGeneration, HoVLEPreTrainedModel, Gener
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.language_model.output = value
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Module:
+        """As in transformers; the unused table and both parts of the config follow, so that files fit."""
+        table = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        size, decoder = table.num_embeddings, self.language_model.model
+        decoder.tok_embeddings = self._get_resized_embeddings(decoder.tok_embeddings, size, mean_resizing=False)
+        self.config.__dict__.pop('vocab_size', None)  # set by transformers in front of the decoder's
+        self.config.llm_config.vocab_size = self.config.embedding_config.llm_vocab_size = size
+        self._freeze_unused()
+        return table
+
     def _freeze_unused(self) -> None:
         # no gradient ever reaches these two: left trainable, they stop distributed training
         self.embedding_model.vision_embeddings.class_embedding.requires_grad_(False)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from zoo.data import Conversations, Digits, ImageQuestions
+from zoo.data import Conversations, Digits, ImageQuestions, conversations
 from zoo.data._words import CHAT_TEMPLATE, word_processor, word_tokenizer
 from zoo.data.chat import IGNORED, ChatEncoder, Sample, check_tokens, model_inputs, turn_numbers
 from zoo.errors import ZooError
@@ -139,6 +139,12 @@ def folder(tmp_path_factory):
         (json.dumps({'conversations': [say('gpt', 'cat')]}), "message 0 is from 'gpt' where a question is due"),
         (json.dumps({'conversations': [say('human', 'what')]}), 'does not end with an answer'),
         ('[1, 2]', 'not an object'),
+        (json.dumps({'conversations': 'what'}), 'the conversation is not a list of messages'),
+        (json.dumps({'conversations': [say('human', 'what'), say('gpt', None)]}), 'message 1 has no text but NoneType'),
+        (
+            json.dumps({'messages': [{'role': 'user', 'content': [{'type': 'video'}]}, {'role': 'assistant'}]}),
+            'message 0 has a video, neither text nor image',
+        ),
     ]
     (root / 'bad.jsonl').write_text('\n'.join([line for line, _ in bad] + [json.dumps(rows[0])] * 4) + '\n')
     return root, [words for _, words in bad]
@@ -189,16 +195,49 @@ def test_bad_rows_are_named(folder):
     data = module(root, val=str(root / 'bad.jsonl'))
     batches = list(data.val_dataloader())
     failures = [f for batch in batches for f in batch['failures']]
-    assert [name for name, _ in failures] == [f'{root}/bad.jsonl:{i}' for i in range(1, 9)]
+    assert [name for name, _ in failures] == [f'{root}/bad.jsonl:{i}' for i in range(1, 12)]
     for (_, error), word in zip(failures, words):
         assert word in error
     assert sum(len(batch['name']) for batch in batches) == 4
     with pytest.warns(RuntimeWarning, match=r'skipped unreadable sample .*bad.jsonl:1 .JSONDecodeError'):
         data.report_failures(failures)
-    assert data.skipped == 8
+    data.report_failures(failures)
+    assert data.skipped == 11, 'a row that is met again counts once'
     data.strict = True
     with pytest.raises(ZooError, match='unreadable sample: .*bad.jsonl:1'):
         data.report_failures(failures)
+
+
+@pytest.mark.parametrize('indent', [None, 1])
+def test_one_list_as_llava_publishes_it(folder, indent):
+    root = folder[0]
+    rows = [turn('1.png', 'what is it', 'a red dog'), turn('nowhere.png', 'what', 'cat'), 'no row']
+    (root / 'list.json').write_text(json.dumps(rows, indent=indent))
+    batch = next(iter(module(root, val=str(root / 'list.json')).val_dataloader()))
+    assert batch['name'] == [f'{root}/list.json row 0'] and len(batch['pixel_values']) == 1
+    assert [name for name, _ in batch['failures']] == [f'{root}/list.json row 1', f'{root}/list.json row 2']
+    (root / 'lines.json').write_text((root / 'good.jsonl').read_text())
+    assert len(module(root, 'lines.json', val=str(root / 'list.json')).splits['train']) == 20
+    (root / 'cut.json').write_text(json.dumps(rows)[:-5])
+    with pytest.raises(ZooError, match='cut.json is no list of JSON rows'):
+        module(root, 'cut.json')
+
+
+def test_data_that_are_wrong_as_a_whole(folder):
+    data = module(folder[0], val=str(folder[0] / 'good.jsonl'), image_root=str(folder[0] / 'processor'))
+    data.splits['train'] = data.splits['val'] = conversations._Part(data.splits['train'], [0, 5, 6, 7])
+    batch = next(iter(data.train_dataloader()))
+    assert not batch['name'] and len(batch['failures']) > 4
+    with pytest.warns(RuntimeWarning, match='3 so far'):
+        data.count_unusable(batch)
+    with pytest.raises(ZooError, match='not one usable sample in 8 batches; .*png'):
+        for _ in range(9):
+            data.count_unusable(batch, training=True)
+    data = module(folder[0], val=str(folder[0] / 'good.jsonl'), max_length=4)
+    batch = next(iter(data.train_dataloader()))
+    with pytest.warns(RuntimeWarning, match='left out .*good.jsonl:.* tokens, data.max_length is 4; 1 so far'):
+        data.count_unusable(batch)
+    assert data.dropped == len(dict(batch['dropped'])) > 4
 
 
 def test_data_set(folder, tmp_path):

@@ -439,6 +439,42 @@ def test_tokenizer_of_another_teacher(tmp_path, capsys):
     assert "the data's tokenizer is not the teacher's" in capsys.readouterr().err
 
 
+def test_bad_rows_are_counted_and_do_not_stop_the_report(teacher, tmp_path, capsys):
+    def row(answer, **more):
+        told = [{'from': 'human', 'value': 'what colour is it ?'}, {'from': 'gpt', 'value': answer}]
+        return json.dumps({'conversations': told, **more})
+
+    bad, long = row('red', image='nowhere.png'), row('red ' * 50)
+    for name, rows in (('train', [row('red'), bad, long, row('blue')]), ('val', [bad, bad, long, row('red')])):
+        (tmp_path / f'{name}.jsonl').write_text('\n'.join(rows))
+    args = arguments(tmp_path, teacher, stages=[{**STAGES[2], 'max_steps': 2}], from_scratch=True)
+    config = yaml.safe_load((tmp_path / 'run.yaml').read_text())
+    init = {'train': str(tmp_path / 'train.jsonl'), 'val': str(tmp_path / 'val.jsonl'), 'processor': str(teacher)}
+    init |= {'batch_size': 4, 'eval_batch_size': 2, 'num_workers': 0, 'max_length': 40}
+    config['data'] = {'class_path': 'zoo.data.Conversations', 'init_args': init}
+    (tmp_path / 'run.yaml').write_text(yaml.safe_dump(config))
+    assert main(args) == 0
+    shown = capsys.readouterr()
+    assert (
+        '3 unreadable samples were skipped' in shown.out and '2 samples were longer than data.max_length' in shown.out
+    )
+    table = json.loads((tmp_path / 'run' / 'report' / 'table.json').read_text())
+    assert table['models'][0]['questions'] == {'all': 1} and table['models'][1]['tokens_per_s'] > 0
+    assert sum(line.startswith('│ all') for line in shown.out.splitlines()) == 1
+    config['data']['init_args'] |= {'train': init['val'], 'val': init['train'], 'image_root': str(teacher)}
+    rows = [bad] * 8
+    (tmp_path / 'val.jsonl').write_text('\n'.join(rows))
+    (tmp_path / 'run.yaml').write_text(yaml.safe_dump(config))
+    assert main([*args, '--model.stages', json.dumps([{**STAGES[2], 'max_steps': 99}])]) == 2
+    assert 'not one usable sample in 8 batches; for instance' in capsys.readouterr().err
+
+
+def test_other_verbs_say_what_to_do(teacher, tmp_path, capsys):
+    for verb in ('validate', 'test', 'predict'):
+        assert main([verb, *arguments(tmp_path, teacher)[1:]]) == 2
+        assert 'evaluate them with zoo eval-vlm RUN/hybrid' in capsys.readouterr().err
+
+
 def test_softmax_layer_that_is_not_there(teacher, tmp_path, capsys):
     stages = [STAGES[0], {**STAGES[2], 'softmax_layers': [4]}]
     assert main([*arguments(tmp_path, teacher, stages=stages), '--trainer.limit_val_batches=0']) == 2

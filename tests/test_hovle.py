@@ -145,6 +145,20 @@ def test_a_conversation_goes_on_from_its_cache(kind):
     assert torch.equal(fresh, going_on)
 
 
+@pytest.mark.parametrize('kind', KINDS)
+def test_generation_from_vectors(kind):
+    net, inputs = model(kind), batch(prompt([1], 12), prompt([], 7, seed=2))
+    ids = inputs['input_ids']
+    embeds = net.get_input_embeddings()(ids).detach().clone()
+    embeds[ids == IMAGE] = net.get_image_features(inputs['pixel_values']).flatten(0, 1).detach()
+    expected = net.generate(**inputs, **GREEDY)[:, 12:]
+    for size in (None, 5):
+        made = net.generate(
+            inputs_embeds=embeds, attention_mask=inputs['attention_mask'], **GREEDY, prefill_chunk_size=size
+        )
+        assert torch.equal(made, expected)
+
+
 def test_generation_computes_logits_of_the_last_position_only():
     for kind in KINDS:
         net, rows = model(kind), []
@@ -275,6 +289,19 @@ def test_published_layout_round_trip(tmp_path):
     eager = AutoModelForImageTextToText.from_pretrained(tmp_path, attn_implementation='eager')
     assert eager.config._attn_implementation == 'eager'
     assert AutoConfig.from_pretrained(tmp_path).to_dict() == AutoConfig.from_pretrained(tmp_path).to_dict()
+
+
+@pytest.mark.parametrize('kind', ['softmax', 'hybrid'])
+def test_more_tokens_survive_the_file(tmp_path, kind):
+    net, inputs = model(kind), prompt([1], 12)
+    before = net(*inputs).logits
+    net.resize_token_embeddings(210)
+    assert net.config.vocab_size == 210 and not net.language_model.model.tok_embeddings.weight.requires_grad
+    net.save_pretrained(tmp_path)
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    logits = again(*inputs).logits
+    assert torch.equal(logits, net(*inputs).logits) and torch.allclose(logits[..., :200], before, atol=1e-6)
+    assert 'vocab_size' not in json.loads((tmp_path / 'config.json').read_text())
 
 
 def test_scaled_rotary_embedding_survives_the_file(tmp_path):

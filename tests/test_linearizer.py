@@ -3,6 +3,7 @@
 import copy
 import json
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -156,7 +157,8 @@ def test_choice_of_layers():
     assert linear_layers('3:1', 8) == [1, 2, 3, 5, 6, 7]
     assert linear_layers('1:0', 3) == linear_layers('all', 3) == [0, 1, 2]
     assert linear_layers([2, 0], 3) == [0, 2]
-    for wrong in ('3', 'most', '0:0', [3], [-1], [1, 1]):
+    assert linear_layers(np.array([2, 0]), 3) == [0, 2]
+    for wrong in ('3', 'most', '0:0', [3], [-1], [1, 1], None, 1.5, [1.5], ['a'], [True, False, True]):
         with pytest.raises(ZooError, match='layers='):
             linear_layers(wrong, 3)
 
@@ -292,10 +294,29 @@ class TestRefusals:
         decoder_layers(teacher)[1].self_attn.k_proj = torch.nn.Sequential()
         self.refused(teacher, 'layer 1 .* `k_proj` must be a Linear layer, found Sequential')
 
+    def test_weights_that_no_mixer_inherits(self):
+        kwargs = VLMS['llava'][2]
+        for kind, more, words in (
+            ('olmo2', {}, r'its q_norm has weights \(64,\), not one for each of 16'),
+            ('stablelm', {'qk_layernorm': True}, 'no mixer has a place for its k_layernorm'),
+        ):
+            text = TEXT | dict(model_type=kind) | more
+            config = transformers.LlavaConfig(**kwargs | {'text_config': text})
+            self.refused(transformers.LlavaForConditionalGeneration(config), words)
+
     def test_arguments(self):
         teacher = build('llama')
         self.refused(teacher, "unknown mixer 'mamba3'", 'mamba3')
-        self.refused(teacher, 'does not take mixer_kwargs', mixer_kwargs={'chunk': 3})
+        for mixer, options in (
+            ('mamba2', {'chunk': 3}),
+            ('mamba2', {'conv_width': 0}),
+            ('gla', {'window': -1}),
+            ('hedgehog', {'features': 0}),
+            ('hedgehog', {'feature_init': 'zeros'}),
+            ('gated_deltanet', {'conv_width': -1}),
+        ):
+            self.refused(teacher, f'{mixer}. does not take mixer_kwargs', mixer, mixer_kwargs=options)
+        self.refused(teacher, 'has 4 layers that could stay', layers=np.int64(5), calibration=[{}])
         self.refused(teacher, 'has 4 layers that could stay', layers=5, calibration=[{}])
 
     def test_files_of_another_version(self, tmp_path):

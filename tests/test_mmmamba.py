@@ -53,6 +53,16 @@ def test_the_layout_of_one_layer_is_the_published_one():
     assert torch.equal(merged, torch.from_numpy(arrays['out/converted_wvkqgdt']))
 
 
+def test_options_have_their_published_names():
+    mixer = Mamba2Mixer(32, 4, 2, 8, layer_idx=0, use_qknorm=True, use_D=True)
+    state = {k: torch.randn_like(v) for k, v in mixer.state_dict().items()}
+    published = {k.replace('_layer_norm', '_norm'): v for k, v in state.items()}
+    assert {'D', 'q_norm.weight', 'k_norm.bias'} < set(published)
+    assert split_projections(published, mixer).keys() == state.keys()
+    mixer.load_state_dict(split_projections(published, mixer))
+    assert torch.equal(mixer.k_layer_norm.bias, published['k_norm.bias'])
+
+
 @pytest.mark.parametrize(
     'layers, parameters, tensors',
     [(range(32), 2_741_992_448, 396), ([i for i in range(32) if i % 4], 2_708_076_288, 356)],

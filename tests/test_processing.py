@@ -114,6 +114,8 @@ def test_every_kind_of_image(tmp_path):
     for bad in (tmp_path / 'cut.png', str(tmp_path / 'missing.png'), b'no image', 'http://127.0.0.1:9/a.png'):
         with pytest.raises(ZooError, match='cannot read image'):
             tiler([bad])
+    with pytest.raises(ZooError, match='cannot read image: .* not int'):
+        read_image(5)
 
 
 def test_image_tokens_and_left_padding(processor):
@@ -277,6 +279,7 @@ def test_chat_on_a_tiny_model(llava, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr('builtins.input', lambda _: next(typed))
     assert main(arguments) == 0
     assert capsys.readouterr().out.splitlines() == [first, second]
-    assert main(['chat', str(tmp_path), 'hello']) == 2
+    assert main(['chat', str(tmp_path / 'nowhere'), 'hello']) == 2
+    assert 'nowhere: it is no folder with a config.json' in capsys.readouterr().err
     assert main(['chat', str(llava), '--image', 'missing.png', 'hello']) == 2
     assert 'cannot read image missing.png' in capsys.readouterr().err

@@ -127,6 +127,7 @@ def attention_shape(attention: nn.Module, layer_idx: int) -> AttentionShape:
             f'{what} cannot be linearised: its projections give {q.out_features} query, {k.out_features} key, '
             f'{v.out_features} value channels and read {o.in_features}, for heads of {dim}'
         )
+    _check_kept(attention, what, dim)
     if (q.bias is None) != (k.bias is None) or (q.bias is None) != (v.bias is None):
         raise ZooError(f'{what} cannot be linearised: only some of its q, k, v projections have a bias')
     return AttentionShape(
@@ -139,6 +140,19 @@ def attention_shape(attention: nn.Module, layer_idx: int) -> AttentionShape:
         o_bias=o.bias is not None,
         scaling=getattr(attention, 'scaling', None),
     )
+
+
+def _check_kept(attention: nn.Module, what: str, dim: int) -> None:
+    """Refuses attention with weights that no mixer would inherit, or norms over more than one head."""
+    known = (*_PROJECTIONS, 'q_norm', 'k_norm')
+    others = {name for name, p in attention.named_parameters() if name.split('.')[0] not in known}
+    if others:
+        raise ZooError(f'{what} cannot be linearised: no mixer has a place for its {", ".join(sorted(others))}')
+    for name in ('q_norm', 'k_norm'):
+        norm = getattr(attention, name, None)
+        wrong = [tuple(p.shape) for p in norm.parameters() if p.shape != (dim,)] if norm is not None else []
+        if wrong:
+            raise ZooError(f'{what} cannot be linearised: its {name} has weights {wrong[0]}, not one for each of {dim}')
 
 
 def mark_linear(model: nn.Module, linear: list[int]) -> None:

@@ -13,6 +13,8 @@ other in both directions, which their linear layers lose.
 from __future__ import annotations
 
 import copy
+import numbers
+import operator
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
@@ -90,7 +92,8 @@ def linearize(
 
     kind = None if native else check_teacher(teacher)
     count, found = len(decoder_layers(teacher)), None
-    if isinstance(layers, int):
+    if isinstance(layers, numbers.Integral):
+        layers = layers if isinstance(layers, bool) else int(layers)
         found = _budget(teacher, layers, count, calibration, mixer, mixer_kwargs, seed)
         chosen = found.linear_layers(layers)
     else:
@@ -132,15 +135,19 @@ def linear_layers(layers: str | Sequence[int], count: int) -> list[int]:
     Raises:
         ZooError: for anything but `'all'`, a ratio such as `'3:1'`, or indices in range.
     """
-    if layers == 'all':
-        return list(range(count))
     if isinstance(layers, str):
+        if layers == 'all':
+            return list(range(count))
         ratio = re.fullmatch(r'(\d+):(\d+)', layers)
         if not ratio or int(ratio[1]) + int(ratio[2]) == 0:
             raise ZooError(f"layers={layers!r}: expected 'all', a ratio linear:softmax such as '3:1', or layer indices")
         linear, softmax = int(ratio[1]), int(ratio[2])
         return [i for i in range(count) if i % (linear + softmax) >= softmax]
-    chosen = sorted(int(i) for i in layers)
+    try:
+        # neither flags nor fractions, which `int` would take for indices
+        chosen = sorted(operator.index('' if isinstance(i, bool) else i) for i in layers)
+    except TypeError as error:
+        raise ZooError(f"layers={layers!r}: expected 'all', a ratio such as '3:1', or layer indices") from error
     if len(set(chosen)) < len(chosen) or any(not 0 <= i < count for i in chosen):
         raise ZooError(f'layers={list(layers)}: expected different indices from 0 to {count - 1}')
     return chosen
@@ -173,7 +180,7 @@ def _copy_with_mixers(teacher, kind: type, recipe: dict[str, Any], share: bool, 
 def _build(cls: type, attention: nn.Module, shape, generator: torch.Generator, recipe: dict[str, Any]) -> nn.Module:
     try:
         return cls.from_attention(attention, shape, generator=generator, **recipe['mixer_kwargs'])
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ZooError(
             f'mixer {recipe["mixer"]!r} does not take mixer_kwargs={recipe["mixer_kwargs"]}: {error}'
         ) from error
@@ -189,7 +196,7 @@ def _native_student(teacher, recipe: dict[str, Any], share: bool, seed: int) -> 
     options = recipe['mixer_kwargs']
     try:
         return from_hovle(teacher, recipe['layers'], mixer_kwargs=options, share_frozen=share, seed=seed)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ZooError(f"mixer 'mamba2' does not take mixer_kwargs={options}: {error}") from error
 
 

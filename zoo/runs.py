@@ -334,6 +334,8 @@ class ZooCLI(LightningCLI):
         super().instantiate_classes()
         for part, key, value in unneeded:
             part[key] = value
+        if self.subcommand != 'fit' and hasattr(self.model, 'fit_alone'):  # before Lightning misses its hooks
+            raise ZooError(self.model.fit_alone)
         if self.subcommand in ('fit', 'validate', 'test') and self.datamodule is None:
             raise ZooError('no data: give a config with a data section, or --data zoo.data.ImageFolder --data.path ...')
 
@@ -434,6 +436,14 @@ class ZooCLI(LightningCLI):
         unreadable = f', {writer.unreadable} unreadable ({writer.names_them})' if writer.unreadable else ''
         say(f'{writer.count} images{unreadable}: {", ".join(f"{folder}/{file}" for file in writer.files)}')
 
+    def _say_left_out(self) -> None:
+        """Says how many samples could not be used."""
+        data = self.datamodule
+        if getattr(data, 'skipped', 0):
+            say(f'{data.skipped} unreadable {data.noun}s were skipped')
+        if getattr(data, 'dropped', 0):
+            say(f'{data.dropped} {data.noun}s were longer than data.max_length {data.max_length} and left out')
+
     def _conclude(self, model: LightningModule) -> None:
         """Ends a fit: curves, a test of the best checkpoint, what the model exports, and what was written where.
 
@@ -443,25 +453,23 @@ class ZooCLI(LightningCLI):
         """
         if hasattr(model, 'conclude'):
             lines = model.conclude(self._get(self.config_init, 'run').test_after_fit)
+            self._say_left_out()
             files = f'{CHECKPOINTS}/{LAST}, {CONFIG}, metrics.csv, tensorboard/'
             say('\n'.join([*lines, f'run:     {self.run_dir}/  ({files})']))
             return
-        folder, line, data = self.run_dir / CHECKPOINTS, None, self.datamodule
+        folder, line = self.run_dir / CHECKPOINTS, None
         if (self.run_dir / 'metrics.csv').is_file() and self.trainer.is_global_zero:
             (self.run_dir / 'report').mkdir(exist_ok=True)
             plot_curves(self.run_dir / 'metrics.csv', self.run_dir / 'report' / 'curves.png', *model.accuracy_curves)
         best = folder / BEST if (folder / BEST).is_file() else folder / LAST
         if self._get(self.config_init, 'run').test_after_fit:
             path = str(best) if best.is_file() else None
-            self.trainer.test(model, datamodule=data, ckpt_path=path, weights_only=True, verbose=False)
+            self.trainer.test(model, datamodule=self.datamodule, ckpt_path=path, weights_only=True, verbose=False)
             line = model.headline('test', self.trainer.callback_metrics)
         elif best.is_file() and hasattr(model, 'export'):
             model.load_state_dict(read_checkpoint(best)['state_dict'])
         exported = model.export(self.run_dir) if hasattr(model, 'export') else []
-        if data.skipped:
-            say(f'{data.skipped} unreadable {data.noun}s were skipped')
-        if getattr(data, 'dropped', 0):
-            say(f'{data.dropped} {data.noun}s were longer than data.max_length {data.max_length} and left out')
+        self._say_left_out()
         if line:
             say(line)
         files = f'{CHECKPOINTS}/{BEST}, {CHECKPOINTS}/{LAST}, {CONFIG}, metrics.csv, tensorboard/'

@@ -16,7 +16,7 @@ from zoo.data.seeding import run_seed
 from zoo.data.transforms import Augment, View, eval_transform, train_transform
 from zoo.errors import ZooError
 
-_WARNED_ONE_BY_ONE = 3
+WARNED_ONE_BY_ONE = 3
 
 
 class ResumableData(LightningDataModule):
@@ -35,7 +35,7 @@ class ResumableData(LightningDataModule):
         if batch_size < 1 or num_workers < 0:
             raise ZooError(f'batch_size {batch_size} must be positive and num_workers {num_workers} not negative')
         self.batch_size, self.num_workers, self.strict = batch_size, num_workers, strict
-        self.skipped = 0
+        self.skipped, self._bad = 0, set()
         self._resume_at: tuple[int, int] | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -77,12 +77,15 @@ class ResumableData(LightningDataModule):
         """Streams override this; samplers get the epoch from Lightning."""
 
     def report_failures(self, failures: list[tuple[str, str]]) -> None:
-        """Counts unreadable samples, which come from any worker; an error in strict mode."""
+        """Counts unreadable samples, each once however often it is met; an error in strict mode."""
         for name, error in failures:
             if self.strict:
                 raise ZooError(f'unreadable {self.noun}: {name}\n  {error}\n(strict: true; false skips such files)')
+            if name in self._bad:
+                continue
+            self._bad.add(name)
             self.skipped += 1
-            if self.skipped <= _WARNED_ONE_BY_ONE or self.skipped % 1000 == 0:
+            if self.skipped <= WARNED_ONE_BY_ONE or self.skipped % 1000 == 0:
                 warnings.warn(
                     f'skipped unreadable {self.noun} {name} ({error}); {self.skipped} so far',
                     RuntimeWarning,

@@ -20,6 +20,7 @@ A batch is a dictionary:
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -28,12 +29,13 @@ import torch
 from jinja2 import TemplateError
 from torch.utils.data import DataLoader, Dataset
 
-from zoo.data.base import ResumableData, loader_options
+from zoo.data.base import WARNED_ONE_BY_ONE, ResumableData, loader_options
 from zoo.data.sampling import SUBSTITUTES, UNREADABLE, EpochSampler, collate, substitute_for
 from zoo.data.seeding import run_seed
 from zoo.errors import ZooError
 
 IGNORED = -100
+EMPTY_IN_A_ROW = 8  # batches of training without a single usable sample, each filled up SUBSTITUTES times in vain
 _MARK = '\ue000{}\ue001'  # private-use characters: no template writes them, no data should hold them
 _BAD_ROW = (*UNREADABLE, KeyError, TypeError, AttributeError)
 
@@ -427,7 +429,7 @@ class ChatData(ResumableData):
         self.max_length, self.too_long, self.eval_batch_size = max_length, too_long, eval_batch_size or batch_size
         self.chat_template: str | None = None
         self.splits: dict[str, ChatSource] = {}
-        self.dropped = 0
+        self.dropped, self._empty_batches = 0, 0
         self._processor: Any = None
         self._opened = False
 
@@ -480,8 +482,38 @@ class ChatData(ResumableData):
         return ChatEncoder(self.processor, self.max_length, self.too_long, prompts, self.chat_template)
 
     def report_dropped(self, dropped: list[tuple[str, int]]) -> None:
-        """Counts the samples that were too long."""
-        self.dropped += len(dropped)
+        """Counts the samples that were too long, each once, and names the first."""
+        for name, length in dropped:
+            if name in self._bad:
+                continue
+            self._bad.add(name)
+            self.dropped += 1
+            if self.dropped <= WARNED_ONE_BY_ONE or self.dropped % 1000 == 0:
+                warnings.warn(
+                    f'left out {name}: {length} tokens, data.max_length is {self.max_length}; {self.dropped} so far',
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+
+    def count_unusable(self, batch: dict[str, Any], training: bool = False) -> None:
+        """Takes note of what a batch had to leave out.
+
+        Args:
+            batch: A batch.
+            training: Whether it is one of training, whose batches are filled up with other samples.
+
+        Raises:
+            ZooError: One batch of training after the other had nothing in it: the data are wrong as a whole.
+        """
+        self.report_failures(batch['failures'])
+        self.report_dropped(batch['dropped'])
+        if not training:
+            return
+        self._empty_batches = 0 if batch['name'] else self._empty_batches + 1
+        if self._empty_batches == EMPTY_IN_A_ROW:
+            why = [f'{n}: {e}' for n, e in batch['failures']]
+            why += [f'{n}: {k} tokens, data.max_length is {self.max_length}' for n, k in batch['dropped']]
+            raise ZooError(f'not one usable {self.noun} in {EMPTY_IN_A_ROW} batches; for instance {why[0]}')
 
     def _sampler(self, split: str, shuffle: bool) -> EpochSampler:
         if split not in self.splits:

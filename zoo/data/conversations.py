@@ -1,6 +1,6 @@
 """Image-text conversations from disk or the hub.
 
-A row of InternVL's and LLaVA's format, one JSON object per line:
+A row of InternVL's and LLaVA's format, one JSON object per line, or in one list that is the file:
 
     {"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"},
                                          {"from": "gpt", "value": "A dog."}]}
@@ -13,6 +13,7 @@ stands for go in front of the first question. Batches are described in `zoo.data
 from __future__ import annotations
 
 import functools
+import io
 import json
 import os
 from collections.abc import Callable
@@ -69,16 +70,20 @@ def _turns(row: dict[str, Any]) -> tuple[list[tuple[str, str]], str | None]:
     if not told:
         raise ValueError(f'no conversations, messages, or question and answer; keys: {", ".join(row) or "none"}')
     system, texts = None, []
+    if not isinstance(told, (list, tuple)) or not all(isinstance(message, dict) for message in told):
+        raise ValueError('the conversation is not a list of messages')
     for number, message in enumerate(told):
         speaker = message.get('from') or message.get('role')
         text = message.get('value') if 'value' in message else message.get('content')
         role = _SPEAKERS.get(speaker)
         if isinstance(text, list):  # transformers' content lists
-            text = ''.join('<image>' if part['type'] == 'image' else part['text'] for part in text)
+            text = ''.join(_content(part, number) for part in text)
+        if not isinstance(text, str):
+            raise ValueError(f'message {number} has no text but {type(text).__name__}')
         if role == 'system' and not texts and system is None:
             system = text
             continue
-        if role != ('assistant' if len(texts) % 2 else 'user') or not isinstance(text, str):
+        if role != ('assistant' if len(texts) % 2 else 'user'):
             due = 'an answer' if len(texts) % 2 else 'a question'
             raise ValueError(f'message {number} is from {speaker!r} where {due} is due')
         texts.append(text)
@@ -87,8 +92,17 @@ def _turns(row: dict[str, Any]) -> tuple[list[tuple[str, str]], str | None]:
     return list(zip(texts[::2], texts[1::2])), system
 
 
+def _content(part: Any, number: int) -> str:
+    kind = part.get('type') if isinstance(part, dict) else type(part).__name__
+    if kind == 'image':
+        return '<image>'
+    if kind != 'text' or not isinstance(part.get('text'), str):
+        raise ValueError(f'message {number} has a {kind}, neither text nor image')
+    return part['text']
+
+
 class _JsonLines:
-    """A split in files of JSON lines, read when asked for.
+    """A split in files of JSON lines, read when asked for; files that are one list stay in memory, row by row.
 
     Args:
         paths: Files.
@@ -97,10 +111,13 @@ class _JsonLines:
 
     def __init__(self, paths: list[Path], image_root: Path) -> None:
         self.paths, self.image_root = paths, image_root
+        self.lists: dict[int, bytes] = {}
         starts, lines, files = [], [], []
         for number, path in enumerate(paths):
+            if path.suffix == '.json' and (listed := _listed(path)) is not None:
+                self.lists[number] = listed
             offset = 0
-            with open(path, 'rb') as file:
+            with io.BytesIO(self.lists[number]) if number in self.lists else open(path, 'rb') as file:
                 for line_number, line in enumerate(file, 1):
                     if line.strip():
                         starts.append(offset)
@@ -114,13 +131,15 @@ class _JsonLines:
         return len(self.starts)
 
     def name(self, index: int) -> str:
-        return f'{self.paths[self.files[index]]}:{self.lines[index]}'
+        file, line = self.files[index], self.lines[index]
+        return f'{self.paths[file]} row {line - 1}' if file in self.lists else f'{self.paths[file]}:{line}'
 
     def load_many(self, keys: list[tuple[int, int]]) -> list[Sample | Exception]:
         return load_each(self._load, keys)
 
     def _load(self, index: int) -> Sample:
-        with open(self.paths[self.files[index]], 'rb') as file:
+        number = self.files[index]
+        with io.BytesIO(self.lists[number]) if number in self.lists else open(self.paths[number], 'rb') as file:
             file.seek(self.starts[index])
             row = json.loads(file.readline())  # a JSONDecodeError is a ValueError
         return read_row(row, self.name(index), self._open)
@@ -129,6 +148,24 @@ class _JsonLines:
         if not isinstance(value, str):
             raise ValueError(f'image is {type(value).__name__}, not a path')
         return open_image(str(self.image_root / value)).convert('RGB')
+
+
+def _listed(path: Path) -> bytes | None:
+    """The rows of a file that is one JSON list, as lines; None for other files.
+
+    Raises:
+        ZooError: It begins as a list and is none.
+    """
+    with open(path, 'rb') as file:
+        if not file.read(4096).lstrip().startswith(b'['):
+            return None
+    try:
+        rows = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ZooError(
+            f'{path} is no list of JSON rows: {error}; rows without brackets go into a .jsonl file'
+        ) from error
+    return b''.join(json.dumps(row).encode() + b'\n' for row in rows)
 
 
 class _Rows:
@@ -213,8 +250,8 @@ class Conversations(ChatData):
     """Image-text conversations: JSON lines, Hugging Face data sets or tar shards, told apart by their names.
 
     Args:
-        train: Files of JSON lines (.jsonl, .json), tar shards (.tar: braces, globs and http(s) too), or a folder or
-            file of parquet, or a hub name, whose split of that name is taken.
+        train: Files of JSON lines (.jsonl, .json) or of one JSON list (.json), tar shards (.tar: braces, globs and
+            http(s) too), or a folder or file of parquet, or a hub name, whose split of that name is taken.
         processor: Folder or hub name of a transformers processor, usually the model's.
         val: Like train; without it a part of the training rows is held out.
         test: Like train; without it `test` evaluates the validation rows.

@@ -127,10 +127,10 @@ def measure(
     """A row of the final table."""
     from zoo.linearizer import decoder_layers
 
-    first = next(iter(loader))
     correct, asked = exact_match(model, loader, tokenizer, settings, settings.questions)
     row = Measured(name, softmax_layers, len(decoder_layers(model)), correct, asked)
-    if settings.speed_tokens:
+    first = next((batch for batch in loader if batch['name']), None) if settings.speed_tokens else None
+    if first is not None:
         row.tokens_per_s, row.state_bytes, row.context = speed(model, first['prompts'], settings.speed_tokens)
     return row
 

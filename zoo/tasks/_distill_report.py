@@ -106,7 +106,8 @@ def as_json(models: list[Measured], chance: dict[str, float], more: dict[str, An
 
 def say_table(models: list[Measured], chance: dict[str, float]) -> None:
     """Prints exact match per question type and the share of the teacher's margin above chance in brackets."""
-    teacher, kinds = models[0], [*models[0].questions, ALL]
+    # rows without a type are of the type ALL
+    teacher, kinds = models[0], [*(k for k in models[0].questions if k != ALL), ALL]
     asked = sum(teacher.questions.values())
     table = Table()
     table.add_column('')
@@ -120,7 +121,7 @@ def say_table(models: list[Measured], chance: dict[str, float]) -> None:
             share = '' if model is teacher or kept is None else f' ({100 * kept:.1f} %)'
             cells.append(f'{100 * model.accuracy(kind):.2f} %{share}')
         floor = chance.get(kind)
-        table.add_row(kind, *cells, '' if floor is None else f'{100 * floor:.1f} %', end_section=kind == kinds[-2])
+        table.add_row(kind, *cells, '' if floor is None else f'{100 * floor:.1f} %', end_section=kind == kinds[-2:][0])
     table.add_section()
     table.add_row('softmax layers', *(f'{m.softmax_layers} of {m.layers}' for m in models), '')
     if all(m.tokens_per_s for m in models):

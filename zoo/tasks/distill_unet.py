@@ -56,6 +56,9 @@ class DistillUNet(FittingModule):
         check_finite: Whether to stop at a loss that is not finite.
     """
 
+    # why there is no validate, test and predict
+    fit_alone = 'DistillUNet has fit alone: a student is a folder of linear layers, see zoo.backbones.linfusion'
+
     def __init__(
         self,
         teacher: str,
@@ -107,9 +110,7 @@ class DistillUNet(FittingModule):
 
     def setup(self, stage: str) -> None:
         if stage != 'fit':
-            raise ZooError(
-                'DistillUNet has fit alone: a student is a folder of linear layers, see zoo.backbones.linfusion'
-            )
+            raise ZooError(self.fit_alone)
         trainer, name = self.trainer, self.teacher_name
         if is_recipe(name):
             index = 'model_index.json'

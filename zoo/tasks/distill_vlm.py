@@ -102,6 +102,14 @@ class DistillVLM(LightningModule):
         return self.plan.stages[self.index]
 
     @property
+    def fit_alone(self) -> str:
+        """Why there is no validate, test and predict."""
+        return (
+            f'{type(self).__name__} has fit alone: its students are transformers folders; evaluate them with '
+            f'zoo eval-vlm RUN/{self.plan.stages[-1].name}'
+        )
+
+    @property
     def run_dir(self) -> Path:
         return Path(self.trainer.default_root_dir)
 
@@ -168,10 +176,7 @@ class DistillVLM(LightningModule):
     def setup(self, stage: str) -> None:
         trainer = self.trainer
         if stage != 'fit':
-            raise ZooError(
-                f'{type(self).__name__} has fit alone: its students are transformers folders; evaluate them with '
-                f'zoo eval-vlm RUN/{self.plan.stages[-1].name}'
-            )
+            raise ZooError(self.fit_alone)
         folder = prepare_teacher(self.teacher_name, self.run_dir.parent, trainer, self.teacher_arguments)
         teacher = load_teacher(folder, _DTYPES.get(trainer.precision, torch.float32))
         teacher.to(trainer.strategy.root_device)  # before students are made, which share its memory
@@ -247,7 +252,7 @@ class DistillVLM(LightningModule):
     # losses
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor | None:
-        self._count_unusable(batch)
+        self.trainer.datamodule.count_unusable(batch, training=True)
         if not batch['name']:
             return None
         inputs, mask, labels = unpacked(batch)
@@ -269,7 +274,7 @@ class DistillVLM(LightningModule):
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self._count_unusable(batch)
+        self.trainer.datamodule.count_unusable(batch)
         if not batch['name']:
             return
         inputs, mask, labels = unpacked(batch)
@@ -317,12 +322,6 @@ class DistillVLM(LightningModule):
         if self.trainer.is_global_zero:
             say_stage(self.plan, self.index, self._student, float(found.kl), float(found.agreement))
         self.__dict__['_announced'] = True
-
-    def _count_unusable(self, batch: dict[str, Any]) -> None:
-        if batch['failures']:
-            self.trainer.datamodule.report_failures(batch['failures'])
-        if batch['dropped']:
-            self.trainer.datamodule.report_dropped(batch['dropped'])
 
     # the end
 

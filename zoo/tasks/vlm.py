@@ -113,7 +113,7 @@ class FinetuneVLM(FittingModule):
     # training
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor | None:
-        self._count_unusable(batch)
+        self.trainer.datamodule.count_unusable(batch, training=True)
         size = len(batch['name'])
         if not size:
             return None
@@ -127,7 +127,7 @@ class FinetuneVLM(FittingModule):
     # evaluation
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self._count_unusable(batch)
+        self.trainer.datamodule.count_unusable(batch)
         if batch['name']:
             self._forced(batch)
 
@@ -154,7 +154,7 @@ class FinetuneVLM(FittingModule):
         Returns:
             Type, question, truth, answer and whether it is right, turn by turn.
         """
-        self._count_unusable(batch)
+        self.trainer.datamodule.count_unusable(batch)
         if not batch['name']:
             return None
         self._forced(batch, count=False)
@@ -219,12 +219,6 @@ class FinetuneVLM(FittingModule):
         adapt_ema(checkpoint['state_dict'], wanted=self.ema is not None)
 
     # helpers
-
-    def _count_unusable(self, batch: dict[str, Any]) -> None:
-        if batch['failures']:
-            self.trainer.datamodule.report_failures(batch['failures'])
-        if batch['dropped']:
-            self.trainer.datamodule.report_dropped(batch['dropped'])
 
     def _diverged(self, batch: dict[str, Any], batch_idx: int) -> RunError:
         inputs = model_inputs(batch)

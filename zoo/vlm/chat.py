@@ -63,6 +63,10 @@ def load_vlm(
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    if str(name).startswith(('.', '/', '~')) or str(name).count('/') > 1:  # no hub name looks like this
+        name = Path(name).expanduser()
+        if not (name / 'config.json').is_file():
+            raise ZooError(f'cannot load {name}: it is no folder with a config.json')
     try:
         processor = AutoProcessor.from_pretrained(name)
         model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)

@@ -74,6 +74,8 @@ def read_image(source: Any) -> Image.Image:
     Raises:
         ZooError: if it cannot be read.
     """
+    if not isinstance(source, (str, Path, bytes, bytearray, Image.Image)) and not hasattr(source, 'read'):
+        raise ZooError(f'cannot read image: a path, URL, bytes or Pillow image is wanted, not {type(source).__name__}')
     try:
         if isinstance(source, str) and source.startswith(('http://', 'https://', 'data:image/')):
             return _download(source)
