@@ -18,6 +18,7 @@ import zoo
 from zoo.checkpoints import read_checkpoint
 from zoo.cli import main
 from zoo.data import BoxAugment, CocoObjects, DrawnObjects, HubObjects
+from zoo.data._coco import draw_mask, segmentation_problem
 from zoo.tasks.detect import Detect, build_map
 
 ROOT = next(Path(base) / 'configs' for base in zoo.__path__ if (Path(base) / 'configs').is_dir())
@@ -150,7 +151,7 @@ def spoil(split, content):
     if split == 'train2017':
         content['annotations'][0]['bbox'] = [4, 6, -18, 20]
         content['annotations'][1]['category_id'] = 99
-        content['annotations'][2]['image_id'] = 1000
+        content['annotations'][2]['image_id'] = [1000]
         content['annotations'][3]['bbox'] = [4, 'x', 3, 3]
         del content['annotations'][4]['bbox']
         content['images'][3]['width'] = 0
@@ -173,6 +174,41 @@ def test_malformed_entries_are_counted_and_named(tmp_path):
     strict = CocoObjects(str(folder), strict=True)
     with pytest.raises(zoo.errors.ZooError, match='8 malformed entries'):
         strict.setup()
+
+
+@pytest.mark.parametrize(
+    'segmentation, words',
+    [
+        ({'size': [64, 48], 'counts': [3, -5, 3074]}, 'the runs are not those of 64 x 48 pixels'),
+        ({'size': [64, 48], 'counts': [3, 5]}, 'the runs are not'),  # the rest would be whatever is in memory
+        ({'size': [64, 48], 'counts': ''}, 'the runs are not'),
+        ({'size': [64, 48], 'counts': 'nonsense!'}, 'the runs are not'),
+        ({'size': [64, 48], 'counts': ['a', 3072]}, 'the runs are not'),
+        ({'size': [48, 64], 'counts': [0, 3072]}, r'a mask of \[48, 64\] in an image of 64 x 48'),
+        ([[4, 6, 1e9, 6, 1e9, 1e9]], r'a polygon reaches 4 .. 1e\+09 in an image of 48 x 64'),  # would end the process
+    ],
+)
+def test_masks_that_cannot_be_drawn_are_named(tmp_path, segmentation, words):
+    def change(split, content):
+        content['annotations'][1]['segmentation'] = segmentation
+
+    data = CocoObjects(str(coco_folder(tmp_path / 'coco', change, images=1)), batch_size=1, num_workers=0)
+    data.setup()
+    with pytest.warns(RuntimeWarning, match=rf'(?s)instances_\w+2017.json: 1 malformed.*annotations\[1\]: {words}'):
+        data.use_masks()
+    assert data.malformed == 2  # one in either split
+    assert [len(batch['target'][0]['masks']) for batch in data.val_dataloader()] == [1]
+
+
+def test_compressed_runs_are_read_as_pycocotools_writes_them():
+    rng = np.random.default_rng(0)
+    tools = pytest.importorskip('pycocotools.mask')
+    for share in (0.001, 0.5, 0.999):
+        mask = np.asfortranarray((rng.random((61, 47)) < share).astype(np.uint8))
+        runs = tools.encode(mask)
+        value = {'size': [61, 47], 'counts': runs['counts'].decode()}
+        assert segmentation_problem(value, 61, 47) is None and (draw_mask(value, 61, 47) == mask).all()
+        assert segmentation_problem(value | {'counts': value['counts'][:-1]}, 61, 47)
 
 
 def test_unreadable_images_are_counted_and_named(tmp_path):
