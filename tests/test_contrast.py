@@ -32,6 +32,7 @@ from zoo.data.captioned_shapes import CaptionedShapes, class_names, pairs_of
 from zoo.data.captions import CaptionedImages, open_captions
 from zoo.data.framing import Framing
 from zoo.errors import ZooError
+from zoo.report import plot_confusion
 from zoo.tasks import Contrast
 from zoo.tasks._contrast_evaluate import Retrieval, ZeroShot, ZeroShotAccuracy, classifier, linear_probe
 from zoo.tasks._contrast_losses import (
@@ -43,6 +44,7 @@ from zoo.tasks._contrast_losses import (
     encode,
     encode_texts,
 )
+from zoo.tasks._contrast_report import plot_retrieved, plot_similarity
 
 WORDS = 'the a red blue circle square at left right'
 IMAGE = {'name': 'test_vig', 'kwargs': {'img_size': 32, 'patch_size': 8, 'depth': 1}}
@@ -566,6 +568,16 @@ def test_empty_cells_are_named_and_counted(tmp_path):
     ]
     with pytest.raises(ZooError, match='column several holds list, not texts'):
         open_captions(str(folder), caption_column='several')
+
+
+def test_reports_show_captions_as_they_are(tmp_path):
+    """What would be a formula to matplotlib, and a wrong one, is a caption here."""
+    image, names = Image.new('RGB', (8, 8)), ['from $_5 to $_9', 'ring']
+    images = [(image, torch.eye(2)[i], name) for i, name in enumerate(names)]
+    plot_similarity(images, tmp_path / 'similarity.png', dict(zip(names, torch.eye(2))))
+    plot_retrieved(images, names, torch.eye(2), tmp_path / 'retrieved.png')
+    plot_confusion(np.eye(2, dtype=int), names, tmp_path / 'confusion.png')
+    assert len(list(tmp_path.glob('*.png'))) == 3
 
 
 def test_size_that_a_tower_does_not_take(tmp_path, capsys):
