@@ -355,7 +355,8 @@ def test_written_detections_are_what_coco_evaluates(run, here):
 def test_predict(run, here, capsys):
     (here / 'bad.jpg').write_bytes(b'no image')
     arguments = [f'--ckpt_path={run}/checkpoints/best.ckpt', '--images', f'{run}/samples', 'bad.jpg', '--output=found']
-    assert main(['predict', *arguments]) == 0
+    with pytest.warns(RuntimeWarning, match='skipped unreadable image bad.jpg'):
+        assert main(['predict', *arguments]) == 0
     assert '4 images, 1 unreadable' in capsys.readouterr().out
     about = json.loads((here / 'found' / 'images.json').read_text())
     assert about['unreadable'][0]['file_name'] == 'bad.jpg' and [c['name'] for c in about['categories']]
