@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +146,20 @@ def test_coco_entries(tmp_path):
                 drawn = torch.stack([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
                 torch.testing.assert_close(drawn.float(), box, atol=1.01, rtol=0)
     assert sum(len(t['boxes']) for b in data.train_dataloader() for t in b['target']) == 7
+
+
+def test_evaluation_needs_no_training_split(tmp_path):
+    folder = coco_folder(tmp_path / 'coco', images=2)
+    shutil.rmtree(folder / 'train2017')
+    data = CocoObjects(str(folder), batch_size=2, num_workers=0)
+    data.setup()
+    assert len(next(iter(data.test_dataloader()))['image']) == 2
+    with pytest.raises(zoo.errors.ZooError, match=r'no such folder: .*train2017\nGive the folder'):
+        data.train_dataloader()
+    wished = CocoObjects(str(folder), test='test2017', num_workers=0)
+    wished.setup()
+    with pytest.raises(zoo.errors.ZooError, match='test2017'):  # not the validation split in its place
+        wished.test_dataloader()
 
 
 def spoil(split, content):
