@@ -144,6 +144,7 @@ def test_errors_name_what_to_type():
         (lambda: tiny(text={'width': 30, 'heads': 4}), 'text.width 30'),
         (lambda: WordTokenizer(WORDS, 8)(['a green circle']), "'green' in 'a green circle'"),
         (lambda: ZeroShot(templates=['a photo']), r'\{\}'),
+        (lambda: ZeroShot(templates=['a {} of {place}']), 'no other braces'),
         (lambda: ZeroShot(templates='opnai'), 'openai or simple'),
         (lambda: DistillTowers('ViT-B-32', logits=0), 'one of feature'),
         (lambda: build_towers('ViT-B-32', 'nowhere'), 'openai'),

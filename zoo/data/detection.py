@@ -241,7 +241,7 @@ class DetectionData(ResumableData):
         return self._eval_loader('val')
 
     def test_dataloader(self) -> DataLoader:
-        return self._eval_loader('test' if {'test'} & {*self.splits, *self.missing} else 'val')
+        return self._eval_loader('test' if 'test' in {*self.splits, *self.missing} else 'val')
 
     def predict_dataloader(self) -> DataLoader:
         return self._eval_loader('predict')
