@@ -1,5 +1,6 @@
 """Images with captions: what is malformed is named and counted. Layouts are tested in test_cache_latents.py."""
 
+import sys
 import tarfile
 
 import pytest
@@ -54,3 +55,9 @@ def test_empty_cells_are_named_and_counted(tmp_path):
     ]
     with pytest.raises(ZooError, match='column several holds list, not texts'):
         open_captions(str(folder), caption_column='several')
+
+
+def test_shards_without_their_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'braceexpand', None)
+    with pytest.raises(ZooError, match='linear-zoo\\[data\\]'):
+        open_captions(str(tmp_path / 'a.tar'))
