@@ -140,7 +140,8 @@ class Pyramid(nn.Module):
     def train(self, mode: bool = True) -> Pyramid:
         super().train(mode)
         for module in self._batch_norms():
-            if self._freeze_norms or not any(p.requires_grad for p in module.parameters()):
+            own = list(module.parameters())  # none where it has no weights, and says nothing of what is frozen
+            if self._freeze_norms or (own and not any(p.requires_grad for p in own)):
                 module.eval()  # a frozen part keeps its statistics
         return self
 

@@ -27,8 +27,9 @@ from zoo.heads.contrast import (
 import zoo
 from zoo.checkpoints import read_checkpoint
 from zoo.cli import main
-from zoo.data.captioned_shapes import CaptionedShapes, class_names, pairs_of
+from zoo.data.captioned_shapes import class_names
 from zoo.errors import ZooError
+from zoo.report import plot_confusion
 from zoo.tasks import Contrast
 from zoo.tasks._contrast_evaluate import Retrieval, ZeroShot, ZeroShotAccuracy, classifier, linear_probe
 from zoo.tasks._contrast_losses import (
@@ -40,6 +41,7 @@ from zoo.tasks._contrast_losses import (
     encode,
     encode_texts,
 )
+from zoo.tasks._contrast_report import plot_retrieved, plot_similarity
 
 WORDS = 'the a red blue circle square at left right'
 IMAGE = {'name': 'test_vig', 'kwargs': {'img_size': 32, 'patch_size': 8, 'depth': 1}}
@@ -142,6 +144,7 @@ def test_errors_name_what_to_type():
         (lambda: tiny(text={'width': 30, 'heads': 4}), 'text.width 30'),
         (lambda: WordTokenizer(WORDS, 8)(['a green circle']), "'green' in 'a green circle'"),
         (lambda: ZeroShot(templates=['a photo']), r'\{\}'),
+        (lambda: ZeroShot(templates=['a {} of {place}']), 'no other braces'),
         (lambda: ZeroShot(templates='opnai'), 'openai or simple'),
         (lambda: DistillTowers('ViT-B-32', logits=0), 'one of feature'),
         (lambda: build_towers('ViT-B-32', 'nowhere'), 'openai'),
@@ -299,30 +302,6 @@ def test_linear_probe_separates_what_is_separable():
 
 
 # data
-
-
-def test_drawn_splits_share_no_pair():
-    sets = [set(pairs_of(split)) for split in ('train', 'val', 'test')]
-    assert [len(s) for s in sets] == [48, 8, 8] and len(set.union(*sets)) == 64
-    data = CaptionedShapes(train_images=64, val_images=8, test_images=8, batch_size=32, num_workers=0)
-    names = class_names()
-    for loader, pairs in zip((data.train_dataloader(), data.val_dataloader(), data.test_dataloader()), sets):
-        for batch in loader:
-            assert set(batch['target'].tolist()) <= pairs and batch['image'].shape[1:] == (3, 48, 48)
-            for caption, target in zip(batch['caption'], batch['target'].tolist()):
-                colour, shape = names[target].split()
-                assert colour in caption or shape in caption
-                said = {w for w in caption.split() if w in ' '.join(names).split()}
-                assert said <= {colour, shape}
-
-
-def test_drawn_shapes_are_functions_of_seed_and_epoch():
-    settings = dict(train_images=8, batch_size=8, num_workers=0)
-    a, b, c = (CaptionedShapes(**settings, seed=seed).train_dataloader() for seed in (0, 0, 1))
-    first, same, other = (next(iter(loader)) for loader in (a, b, c))
-    assert torch.equal(first['image'], same['image']) and first['caption'] == same['caption']
-    a.sampler.set_epoch(1)
-    assert not torch.equal(first['image'], other['image']) and next(iter(a))['caption'] != first['caption']
 
 
 # runs
@@ -500,6 +479,12 @@ def test_captions_alone(tmp_path, capsys):
     (folder / '1.png').write_bytes(b'not an image')
     more = ['--data=zoo.data.CaptionedImages', f'--data.train={folder}', f'--data.val={folder}', '--data.num_workers=0']
     more += ['--data.framing={size: 48, crop_area: [0.5, 1.0]}', '--data.batch_size=3', '--run.monitor=val/i2t_r1']
+    (tmp_path / 'broken').mkdir()
+    for number in range(3):
+        (tmp_path / 'broken' / f'{number}.png').write_bytes(b'not an image')
+        (tmp_path / 'broken' / f'{number}.txt').write_text('the red ring')
+    assert main(fit(tmp_path, 'broken', *more, f'--data.train={tmp_path / "broken"}')) == 2
+    assert 'none of the images and captions of a batch' in capsys.readouterr().err
     with pytest.warns(RuntimeWarning, match=r'skipped unreadable image .*1\.png'):
         assert main(fit(tmp_path, 'run', *more)) == 0
     out = capsys.readouterr().out
@@ -520,6 +505,16 @@ def test_malformed_captions_are_named_and_counted(tmp_path, capsys):
     error = capsys.readouterr().err
     assert 'metadata.jsonl' in error and '4 of 5' in error and "line 2: no 'file_name'" in error and 'line 3' in error
     assert not (tmp_path / 'run' / 'checkpoints').exists()
+
+
+def test_reports_show_captions_as_they_are(tmp_path):
+    """What would be a formula to matplotlib, and a wrong one, is a caption here."""
+    image, names = Image.new('RGB', (8, 8)), ['from $_5 to $_9', 'ring']
+    images = [(image, torch.eye(2)[i], name) for i, name in enumerate(names)]
+    plot_similarity(images, tmp_path / 'similarity.png', dict(zip(names, torch.eye(2))))
+    plot_retrieved(images, names, torch.eye(2), tmp_path / 'retrieved.png')
+    plot_confusion(np.eye(2, dtype=int), names, tmp_path / 'confusion.png')
+    assert len(list(tmp_path.glob('*.png'))) == 3
 
 
 def test_size_that_a_tower_does_not_take(tmp_path, capsys):

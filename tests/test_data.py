@@ -15,6 +15,7 @@ from PIL import Image
 from zoo.data import Augment, Digits, HubImages, ImageFolder, ImageList, TarShards, View
 from zoo.data.base import ListSource
 from zoo.data.cache import CachedSource, DeviceTransform
+from zoo.data.hub import open_cell
 from zoo.data.sampling import EpochSampler, KeyedDataset
 from zoo.data.seeding import derive_seed, keyed_randomness, keyed_uniform
 from zoo.data.shards import expand_shards, read_shard
@@ -315,6 +316,12 @@ def test_parquet_with_string_labels_and_a_bad_image(tmp_path):
     assert data.class_names == ['a', 'b']
     failures = [f for split in ('train', 'val') for b in data._eval_loader(split) for f in b['failures']]
     assert len(failures) == 1 and 'row 3' in failures[0][0]
+
+
+def test_a_row_without_an_image_is_one_bad_row():
+    for cell in (None, {'bytes': None, 'path': None}, {}):
+        with pytest.raises(ValueError, match='there is no image'):
+            open_cell(cell)
 
 
 def test_parquet_is_missing(tmp_path):

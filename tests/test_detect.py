@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ import zoo
 from zoo.checkpoints import read_checkpoint
 from zoo.cli import main
 from zoo.data import BoxAugment, CocoObjects, DrawnObjects, HubObjects
+from zoo.data._coco import draw_mask, segmentation_problem
 from zoo.tasks.detect import Detect, build_map
 
 ROOT = next(Path(base) / 'configs' for base in zoo.__path__ if (Path(base) / 'configs').is_dir())
@@ -146,11 +148,25 @@ def test_coco_entries(tmp_path):
     assert sum(len(t['boxes']) for b in data.train_dataloader() for t in b['target']) == 7
 
 
+def test_evaluation_needs_no_training_split(tmp_path):
+    folder = coco_folder(tmp_path / 'coco', images=2)
+    shutil.rmtree(folder / 'train2017')
+    data = CocoObjects(str(folder), batch_size=2, num_workers=0)
+    data.setup()
+    assert len(next(iter(data.test_dataloader()))['image']) == 2
+    with pytest.raises(zoo.errors.ZooError, match=r'no such folder: .*train2017\nGive the folder'):
+        data.train_dataloader()
+    wished = CocoObjects(str(folder), test='test2017', num_workers=0)
+    wished.setup()
+    with pytest.raises(zoo.errors.ZooError, match='test2017'):  # not the validation split in its place
+        wished.test_dataloader()
+
+
 def spoil(split, content):
     if split == 'train2017':
         content['annotations'][0]['bbox'] = [4, 6, -18, 20]
         content['annotations'][1]['category_id'] = 99
-        content['annotations'][2]['image_id'] = 1000
+        content['annotations'][2]['image_id'] = [1000]
         content['annotations'][3]['bbox'] = [4, 'x', 3, 3]
         del content['annotations'][4]['bbox']
         content['images'][3]['width'] = 0
@@ -173,6 +189,41 @@ def test_malformed_entries_are_counted_and_named(tmp_path):
     strict = CocoObjects(str(folder), strict=True)
     with pytest.raises(zoo.errors.ZooError, match='8 malformed entries'):
         strict.setup()
+
+
+@pytest.mark.parametrize(
+    'segmentation, words',
+    [
+        ({'size': [64, 48], 'counts': [3, -5, 3074]}, 'the runs are not those of 64 x 48 pixels'),
+        ({'size': [64, 48], 'counts': [3, 5]}, 'the runs are not'),  # the rest would be whatever is in memory
+        ({'size': [64, 48], 'counts': ''}, 'the runs are not'),
+        ({'size': [64, 48], 'counts': 'nonsense!'}, 'the runs are not'),
+        ({'size': [64, 48], 'counts': ['a', 3072]}, 'the runs are not'),
+        ({'size': [48, 64], 'counts': [0, 3072]}, r'a mask of \[48, 64\] in an image of 64 x 48'),
+        ([[4, 6, 1e9, 6, 1e9, 1e9]], r'a polygon reaches 4 .. 1e\+09 in an image of 48 x 64'),  # would end the process
+    ],
+)
+def test_masks_that_cannot_be_drawn_are_named(tmp_path, segmentation, words):
+    def change(split, content):
+        content['annotations'][1]['segmentation'] = segmentation
+
+    data = CocoObjects(str(coco_folder(tmp_path / 'coco', change, images=1)), batch_size=1, num_workers=0)
+    data.setup()
+    with pytest.warns(RuntimeWarning, match=rf'(?s)instances_\w+2017.json: 1 malformed.*annotations\[1\]: {words}'):
+        data.use_masks()
+    assert data.malformed == 2  # one in either split
+    assert [len(batch['target'][0]['masks']) for batch in data.val_dataloader()] == [1]
+
+
+def test_compressed_runs_are_read_as_pycocotools_writes_them():
+    rng = np.random.default_rng(0)
+    tools = pytest.importorskip('pycocotools.mask')
+    for share in (0.001, 0.5, 0.999):
+        mask = np.asfortranarray((rng.random((61, 47)) < share).astype(np.uint8))
+        runs = tools.encode(mask)
+        value = {'size': [61, 47], 'counts': runs['counts'].decode()}
+        assert segmentation_problem(value, 61, 47) is None and (draw_mask(value, 61, 47) == mask).all()
+        assert segmentation_problem(value | {'counts': value['counts'][:-1]}, 61, 47)
 
 
 def test_unreadable_images_are_counted_and_named(tmp_path):
@@ -319,7 +370,8 @@ def test_written_detections_are_what_coco_evaluates(run, here):
 def test_predict(run, here, capsys):
     (here / 'bad.jpg').write_bytes(b'no image')
     arguments = [f'--ckpt_path={run}/checkpoints/best.ckpt', '--images', f'{run}/samples', 'bad.jpg', '--output=found']
-    assert main(['predict', *arguments]) == 0
+    with pytest.warns(RuntimeWarning, match='skipped unreadable image bad.jpg'):
+        assert main(['predict', *arguments]) == 0
     assert '4 images, 1 unreadable' in capsys.readouterr().out
     about = json.loads((here / 'found' / 'images.json').read_text())
     assert about['unreadable'][0]['file_name'] == 'bad.jpg' and [c['name'] for c in about['categories']]

@@ -1,5 +1,7 @@
 """Pyramids of backbones by name: levels as announced, freezing by dependence, simple pyramids of plain models."""
 
+from functools import partial
+
 import pytest
 import torch
 from zoo.heads._pyramid import Pyramid
@@ -45,6 +47,15 @@ def test_frozen(name):
     still = Pyramid(name, freeze_norms=True)
     still(torch.rand(2, 3, 64, 64))
     assert all(not m.training for m in still.modules() if isinstance(m, torch.nn.BatchNorm2d))
+
+
+def test_norms_without_weights_train():
+    norm = partial(torch.nn.BatchNorm2d, affine=False)
+    for freeze, moves in ((False, True), (True, False)):
+        pyramid = Pyramid('resnet10t', kwargs={'norm_layer': norm}, freeze_norms=freeze).train()
+        pyramid(torch.rand(2, 3, 64, 64))
+        means = [v for k, v in pyramid.state_dict().items() if k.endswith('running_mean')]
+        assert means and all(bool(mean.any()) == moves for mean in means)
 
 
 def test_finer_levels():

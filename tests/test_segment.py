@@ -92,6 +92,9 @@ def test_wrong_settings_are_named():
         build_segmentor('test_ravlt', 5, Maps(), SegmentHead(auxiliary=Auxiliary(level=7)), {})
     with pytest.raises(ZooError, match='both set the learning rates'):
         Segment('test_ravlt', 5, backbone_lr=0.1, optim=Optim(layer_decay=0.9))
+    for wrong in (0, 847):  # of ADE20K's full set, whose masks would wrap around
+        with pytest.raises(ZooError, match=f'num_classes {wrong} must be within 1 .. 255'):
+            Segment('test_ravlt', wrong)
     with pytest.raises(ZooError, match='2 values for 5 classes'):
         Segment('test_ravlt', 5, class_weights=[1.0, 2.0])
 

@@ -91,8 +91,8 @@ def plot_confusion(matrix: np.ndarray, names: list[str], target: str | Path) -> 
     axis = axes[0, 0]
     drawn = axis.imshow(share, cmap='Blues', vmin=0, vmax=1)
     labels = [names[i] if i < len(names) else str(i) for i in chosen]
-    axis.set_xticks(range(len(chosen)), labels, rotation=90 if max(map(len, labels)) > 2 else 0)
-    axis.set_yticks(range(len(chosen)), labels)
+    axis.set_xticks(range(len(chosen)), labels, rotation=90 if max(map(len, labels)) > 2 else 0, parse_math=False)
+    axis.set_yticks(range(len(chosen)), labels, parse_math=False)
     axis.set(title=title, xlabel='predicted', ylabel='true')
     for i, j in zip(*np.nonzero(shown)):
         color = 'white' if share[i, j] > 0.6 else 'black'
@@ -110,7 +110,7 @@ def plot_sheet(images: list[Image.Image], captions: list[str], target: str | Pat
         axis.axis('off')
     for axis, image, caption in zip(axes.flat, images, captions):
         axis.imshow(image.convert('RGB'), interpolation='nearest')
-        axis.set_title(caption, fontsize=8)
+        axis.set_title(caption, fontsize=8, parse_math=False)  # $ is a character of the users'
     if not images:
         axes[0, 0].text(0.5, 0.5, 'none', ha='center', va='center')
     if title:

@@ -53,10 +53,10 @@ class Instances:
     def without_bad_masks(self) -> list[str]:
         """Drops the objects whose segmentation cannot be drawn, and names them."""
         problems = []
-        for number, objects in enumerate(self.objects):
+        for number, ((_, _, width, height), objects) in enumerate(zip(self.images, self.objects)):
             kept = []
             for entry in objects:
-                wrong = segmentation_problem(entry[4])
+                wrong = segmentation_problem(entry[4], height, width)
                 if wrong:
                     problems.append(f'annotations[{entry[5]}]: {wrong}')
                 else:
@@ -138,7 +138,8 @@ def _read_images(found: Instances, table: list[Any]) -> dict[int, int]:
 def _read_object(
     entry: Any, images: list[tuple[int, str, int, int]], places: dict[int, int], labels: dict[int, int]
 ) -> tuple[int, tuple]:
-    image, category, box = entry['image_id'], entry['category_id'], entry['bbox']
+    image, category = (_whole(entry[key], key) for key in ('image_id', 'category_id'))
+    box = entry['bbox']
     if image not in places:
         raise ValueError(f'no image has id {image!r}')
     if category not in labels:
@@ -176,29 +177,56 @@ def clipped_box(box: Any, width: int, height: int, corners: bool = False) -> tup
     return left, top, right, bottom
 
 
-def segmentation_problem(value: Any) -> str | None:
-    """Why a segmentation is neither polygons nor a run-length encoding, or None."""
+def segmentation_problem(value: Any, height: int, width: int) -> str | None:
+    """Why a segmentation is neither polygons nor a run-length encoding of an image of this size, or None.
+
+    pycocotools checks little: what runs leave out is whatever is in memory, and far vertices end the process.
+    """
     if isinstance(value, dict):
         counts, size = value.get('counts'), value.get('size')
-        good = isinstance(counts, (list, str)) and isinstance(size, list) and len(size) == 2
-        return None if good else 'the run-length encoding needs counts and size'
+        if not isinstance(counts, (list, str)) or not isinstance(size, list) or len(size) != 2:
+            return 'the run-length encoding needs counts and size'
+        if size != [height, width]:
+            return f'a mask of {size} in an image of {height} x {width}'
+        runs = _runs(counts) if isinstance(counts, str) else counts
+        if not all(_is_number(n) and n >= 0 and n == int(n) for n in runs) or sum(runs) != height * width:
+            return f'the runs are not those of {height} x {width} pixels'
+        return None
     if not isinstance(value, list) or not value:
         return 'has no segmentation'
     if not all(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 and all(map(_is_number, p)) for p in value):
         return 'a polygon needs pairs of numbers, three or more'
+    for polygon in value:
+        for numbers, side in ((polygon[::2], width), (polygon[1::2], height)):
+            if min(numbers) < -side or max(numbers) > 2 * side:
+                return f'a polygon reaches {min(numbers):g} .. {max(numbers):g} in an image of {width} x {height}'
     return None
 
 
-def draw_mask(value: Any, height: int, width: int) -> np.ndarray:
-    """Polygons or a run-length encoding as uint8 (height, width).
+def _runs(text: str) -> list[int]:
+    """Lengths in a compressed encoding: 5 bits a character, a sixth that says that more follow, from the fourth length
+    on differences to the one before the last (cocoapi, common/maskApi.c, rleFrString)."""
+    runs: list[int] = []
+    number, bits = 0, 0
+    for character in text:
+        code = ord(character) - 48
+        if not 0 <= code < 64:
+            return [-1]
+        number |= (code & 31) << bits
+        bits += 5
+        if code & 32:
+            continue
+        if code & 16:
+            number -= 1 << bits
+        runs.append(number + (runs[-2] if len(runs) > 2 else 0))
+        number, bits = 0, 0
+    return [-1] if bits else runs
 
-    Raises:
-        ValueError: The encoding is of another size.
-    """
+
+def draw_mask(value: Any, height: int, width: int) -> np.ndarray:
+    """Polygons or a run-length encoding, in which segmentation_problem finds nothing, as uint8 (height, width)."""
     tools = mask_tools()
     if isinstance(value, dict):
-        if list(value['size']) != [height, width]:
-            raise ValueError(f'a mask of {value["size"]} in an image of {height} x {width}')
         runs = tools.frPyObjects(value, height, width) if isinstance(value['counts'], list) else value
     else:
         runs = tools.merge(tools.frPyObjects(value, height, width))

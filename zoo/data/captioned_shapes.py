@@ -2,13 +2,15 @@
 
 One object of 8 colours and 8 shapes, in three sizes, stands in one of nine places on a dark and noisy ground. Training
 captions say all or a part of what there is (`the red ring at the top left`, `something red`, `the ring that is red`).
-Two pairs out of eight of every colour, and of every shape, never occur in training, neither drawn nor named: one of
-them is what validation shows, the other one is for the test. Their images have the class of their pair among all 64,
-and a caption that says everything.
+Half of what is only called by its shape has a colour that has no name, and half of what is only called by its colour is
+a blot: either word is learned apart from the other. Two pairs out of eight of every colour, and of every shape, never
+occur in training, neither drawn nor named: one of them is what validation shows, the other one is for the test. Their
+images have the class of their pair among all 64, and a caption that says everything.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -39,7 +41,9 @@ TEMPLATES = (
 _EVERYTHING = TEMPLATES[1]
 _SPLITS = ('train', 'val', 'test')
 _PLACES = _scenes.ANSWERS['position']
-_NUMBERS, _GRID = 11, 3
+_NUMBERS, _GRID = 13, 3
+_LONE = 0.5  # share of the captions of one attribute whose object lacks the other one
+_APART = 90  # least distance of a nameless colour from the named ones, in levels of RGB; shades reach 35
 
 
 def class_names() -> list[str]:
@@ -81,26 +85,41 @@ class _Batches(Dataset):
             (numbers[:, column] * size).astype(np.int64)
             for column, size in ((0, len(self.pairs)), (1, len(_PLACES)), (10, len(TEMPLATES)))
         )
-        pair = self.pairs[pair]
-        pixels = torch.from_numpy(_paint(pair, place, numbers, self.size)).permute(0, 3, 1, 2).float() / 255
+        pair, said = self.pairs[pair], [TEMPLATES[t] if training else _EVERYTHING for t in template]
+        lone = numbers[:, 11] < _LONE
+        nameless = lone & np.array(['{colour}' not in text for text in said])
+        shapeless = lone & np.array(['{shape}' not in text for text in said])
+        pixels = _paint(pair, place, nameless, shapeless, numbers, self.size)
+        pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.view.mean, self.view.std))
         captions = [
-            (TEMPLATES[t] if training else _EVERYTHING).format(
-                colour=tuple(COLOURS)[p // len(SHAPES)], shape=SHAPES[p % len(SHAPES)], place=_PLACES[where]
-            )
-            for p, where, t in zip(pair, place, template)
+            text.format(colour=tuple(COLOURS)[p // len(SHAPES)], shape=SHAPES[p % len(SHAPES)], place=_PLACES[where])
+            for p, where, text in zip(pair, place, said)
         ]
         names = [f'shapes-{self.split}-{index}' for _, index in keys]
-        target = torch.from_numpy(pair)
+        target = torch.from_numpy(np.where(nameless | shapeless, -1, pair))
         return {'image': (pixels - mean) / std, 'target': target, 'caption': captions, 'name': names, 'failures': []}
 
 
-def _paint(pair: np.ndarray, place: np.ndarray, numbers: np.ndarray, size: int) -> np.ndarray:
-    """uint8 (B, size, size, 3): pairs (B,) at places (B,), the rest by random numbers (B, 11)."""
+def _paint(
+    pair: np.ndarray,
+    place: np.ndarray,
+    nameless: np.ndarray,
+    shapeless: np.ndarray,
+    numbers: np.ndarray,
+    size: int,
+) -> np.ndarray:
+    """uint8 (B, size, size, 3): pairs (B,) at places (B,), the rest by random numbers (B, 13).
+
+    Nameless ones (bool (B,)) have any colour far from the named ones, shapeless ones (bool (B,)) are blots.
+    """
     count, cell = len(pair), size // _GRID
     pick = [(numbers[:, 2 + i] * n).astype(np.int64) for i, n in enumerate((3, 5, 5))]
-    mask = _scenes._masks(cell)[pair % len(SHAPES), pick[0], pick[1], pick[2]][..., None]
+    mask = _scenes._masks(cell)[pair % len(SHAPES), pick[0], pick[1], pick[2]]
     colour = np.array(list(COLOURS.values()), np.float32)[pair // len(SHAPES)] + 40 * numbers[:, 5:8] - 20
+    for chosen, values, bank in ((nameless, colour, _nameless()), (shapeless, mask, _blots(cell))):
+        values[chosen] = bank[(numbers[chosen, 12] * len(bank)).astype(np.int64)]
+    mask = mask[..., None]
     ground = (15 + 40 * numbers[:, 8])[:, None, None, None].astype(np.float32)
     cells = np.broadcast_to(ground, (count, size, size, 3)).astype(np.float32)
     cells = cells.reshape(count, _GRID, cell, _GRID, cell, 3)
@@ -111,8 +130,31 @@ def _paint(pair: np.ndarray, place: np.ndarray, numbers: np.ndarray, size: int) 
     return np.clip(image, 0, 255).astype(np.uint8)
 
 
+@functools.lru_cache(maxsize=1)
+def _nameless() -> np.ndarray:
+    """Colours without a name, bright enough to be seen, fp32 (N, 3)."""
+    colours = np.random.RandomState(0).uniform(30, 255, (8192, 3)).astype(np.float32)
+    distance = np.linalg.norm(colours[:, None] - np.array(list(COLOURS.values()), np.float32), axis=-1)
+    return colours[(distance.min(1) > _APART) & (colours.max(1) > 110)]
+
+
+@functools.lru_cache(maxsize=4)
+def _blots(cell: int) -> np.ndarray:
+    """Six discs each, thrown at random, fp32 (N, cell, cell)."""
+    draw, blots = np.random.RandomState(1), np.zeros((256, cell, cell), np.float32)
+    pixels, unit = np.arange(cell), cell / 16
+    for _ in range(6):
+        down, right = draw.uniform(2 * unit, 14 * unit, (2, len(blots), 1, 1))
+        radius = draw.uniform(unit, 2.6 * unit, (len(blots), 1, 1))
+        distance = np.hypot(pixels[:, None] - down, pixels - right)
+        blots = np.maximum(blots, np.clip(radius + 0.5 - distance, 0, 1, dtype=np.float32))
+    return blots
+
+
 class CaptionedShapes(ResumableData):
     """Drawn shapes with captions; what validation and test show are pairs of colour and shape that training never does.
+
+    Training images whose object is no pair (nameless or a blot) have the target -1.
 
     Args:
         size: Height and width of the images in pixels, a multiple of 3.

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from zoo.data.base import ResumableData, Subset, hold_out, loader_options
 from zoo.data.folder import EXTENSIONS
 from zoo.data.framing import Framing
-from zoo.data.hub import load_tables, undecoded
+from zoo.data.hub import load_tables, open_cell, undecoded
 from zoo.data.sampling import SUBSTITUTES, UNREADABLE, BucketBatches, substitute_for
 from zoo.data.seeding import keyed_randomness, run_seed
 from zoo.data.shards import IMAGE_MEMBERS, expand_shards
@@ -24,6 +24,7 @@ from zoo.data.transforms import View
 from zoo.errors import ZooError
 
 _CAPTION_KEYS = ('caption', 'text', 'prompt')
+_TEXTS = ('string', 'large_string')  # types of Hugging Face's columns
 
 
 class CaptionSource(Protocol):
@@ -83,9 +84,10 @@ class _Table:
 
     def open(self, index: int) -> tuple[Image.Image, str]:
         row = self.rows[index]
-        cell = row[self.image]
-        image = Image.open(io.BytesIO(cell['bytes']) if cell.get('bytes') else cell['path'])
-        return image, self.captions[index] if self.captions else str(row[self.caption])
+        caption = self.captions[index] if self.captions else row[self.caption]
+        if not isinstance(caption, str):
+            raise ValueError(f'column {self.caption} holds {caption!r}, which is no text')
+        return open_cell(row[self.image], decode=False), caption
 
 
 class _Member(NamedTuple):
@@ -133,7 +135,7 @@ def _described(row: Any) -> str:
 
 
 def _members(shard: str) -> list[_Member]:
-    """KEY.jpg beside KEY.txt or KEY.json; samples without either are left out."""
+    """KEY.jpg beside KEY.txt or KEY.json; images without either are left out and counted."""
     places: dict[str, dict[str, tuple[int, int]]] = {}
     try:
         with tarfile.open(shard, 'r:') as tar:
@@ -143,13 +145,25 @@ def _members(shard: str) -> list[_Member]:
                     places.setdefault(key, {})[ending.lower()] = (entry.offset_data, entry.size)
     except tarfile.TarError as error:
         raise ZooError(f'{shard} is cut off or no uncompressed tar file: {error}') from error
-    found = []
+    found, wrong = [], []
     for key, own in places.items():
         image = next((own[ending] for ending in IMAGE_MEMBERS if ending in own), None)
         text = own.get('txt', own.get('json'))
         if image and text:
             found.append(_Member(shard, key, image, text, 'txt' not in own))
+        elif image:
+            wrong.append(f'{key}: neither {key}.txt nor {key}.json')
+    _account(shard, wrong)
     return found
+
+
+def _account(where: str | Path, wrong: list[str]) -> None:
+    """Counts images that are left out for want of a caption, and warns of them."""
+    if wrong:
+        shown = '\n  '.join([*wrong[:3], *(['...'] if len(wrong) > 3 else [])])
+        warnings.warn(
+            f'{where}: {len(wrong)} images without a caption left out\n  {shown}', RuntimeWarning, stacklevel=2
+        )
 
 
 def open_captions(
@@ -206,20 +220,29 @@ def _read_folder(folder: Path) -> list[tuple[str, str]]:
     table = folder / 'metadata.jsonl'
     if table.is_file():
         return _read_metadata(folder, table)
-    images = sorted(p for p in folder.rglob('*') if p.suffix.lower() in EXTENSIONS)
-    return [(str(p), p.with_suffix('.txt').read_text().strip()) for p in images if p.with_suffix('.txt').is_file()]
+    found, wrong = [], []
+    for path in sorted(p for p in folder.rglob('*') if p.suffix.lower() in EXTENSIONS):
+        text = path.with_suffix('.txt')
+        try:
+            found.append((str(path), text.read_text('utf-8').strip()))
+        except (OSError, UnicodeDecodeError) as error:
+            wrong.append(f'{text}: {error.strerror if isinstance(error, OSError) else error}')
+    _account(folder, wrong)
+    return found
 
 
 def _read_metadata(folder: Path, table: Path) -> list[tuple[str, str]]:
     """Paths and captions of a metadata.jsonl; an error names the lines that are wrong, and how many there are."""
     found, wrong = [], []
-    for number, line in enumerate(table.read_text().splitlines(), 1):
+    for number, line in enumerate(table.read_bytes().splitlines(), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
+            if not isinstance(row, dict) or not isinstance(row.get('file_name', ''), str):
+                raise ValueError('no object with a text as file_name')
             found.append((str(folder / row['file_name']), _described(row)))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, ValueError) as error:
             wrong.append(f'  line {number}: {f"no {error}" if isinstance(error, KeyError) else error}')
     if wrong:
         shown = '\n'.join([*wrong[:5], *(['  ...'] if len(wrong) > 5 else [])])
@@ -246,6 +269,8 @@ def _read_table(
         raise ZooError(f'{path}: set data.image_column; the columns are {", ".join(rows.features)}')
     if texts is None and caption not in rows.features:
         raise ZooError(f'{path}: set data.caption_column or data.captions; the columns are {", ".join(rows.features)}')
+    if texts is None and (kind := getattr(rows.features[caption], 'dtype', 'list')) not in _TEXTS:
+        raise ZooError(f'{path}: column {caption} holds {kind}, not texts: set data.caption_column or data.captions')
     if texts is not None and len(texts) != len(rows):
         raise ZooError(f'data.captions has {len(texts)} texts for {len(rows)} rows of {path}')
     return _Table(rows.cast_column(image, undecoded()), image, caption, texts, f'{path} {split}')

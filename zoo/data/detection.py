@@ -189,6 +189,7 @@ class DetectionData(ResumableData):
         self.class_names: list[str] = []
         self.category_ids: list[int] = []  # what files call the classes
         self.splits: dict[str, ObjectSource] = {}
+        self.missing: dict[str, str] = {}  # splits that are not there, and what to do about it
         self.masks, self.malformed = False, 0
         self._opened = False
 
@@ -219,7 +220,7 @@ class DetectionData(ResumableData):
         return len(self.class_names)
 
     def train_dataloader(self) -> DataLoader:
-        source, (rank, world) = self.splits['train'], self._ranks()
+        source, (rank, world) = self._source('train'), self._ranks()
         # a batch is padded to its largest height and width, so upright and lying images do not meet
         shapes = [source.shape(i) for i in range(len(source))]
         buckets = [int(height > width) for height, width in shapes]
@@ -240,15 +241,19 @@ class DetectionData(ResumableData):
         return self._eval_loader('val')
 
     def test_dataloader(self) -> DataLoader:
-        return self._eval_loader('test' if 'test' in self.splits else 'val')
+        return self._eval_loader('test' if 'test' in {*self.splits, *self.missing} else 'val')
 
     def predict_dataloader(self) -> DataLoader:
         return self._eval_loader('predict')
 
-    def _eval_loader(self, split: str) -> DataLoader:
+    def _source(self, split: str) -> ObjectSource:
         if split not in self.splits:
-            raise ZooError(f'{type(self).__name__} has no {split} split; it has: {", ".join(self.splits)}')
-        source = self.splits[split]
+            has = f'{type(self).__name__} has no {split} split; it has: {", ".join(self.splits)}'
+            raise ZooError(self.missing.get(split, has))
+        return self.splits[split]
+
+    def _eval_loader(self, split: str) -> DataLoader:
+        source = self._source(split)
         sampler = EpochSampler(len(source), run_seed(), False, *self._ranks())
         return DataLoader(
             KeyedObjects(source, self.masks),
@@ -265,7 +270,7 @@ def pixels_of(image: Image.Image) -> torch.Tensor:
 
 
 class CocoObjects(DetectionData):
-    """Images and annotations in COCO's format.
+    """Images and annotations in COCO's format. Who only evaluates needs no training split.
 
     Args:
         path: Folder that holds everything.
@@ -295,10 +300,11 @@ class CocoObjects(DetectionData):
         for split, name in self.folders.items():
             folder, file = self.path / name, self.path / self.annotations.replace('{split}', name)
             if not folder.is_dir():
-                raise ZooError(
+                self.missing[split] = (
                     f'no such folder: {folder}\nGive the folder that holds the images of {split} with --data.path and '
                     f'--data.{split}'
                 )
+                continue
             found = read_instances(file)
             self.account(file, found.problems)
             if not self.class_names:
@@ -310,6 +316,8 @@ class CocoObjects(DetectionData):
             self.splits[split] = InstanceSplit(found, _open_entry, with_empty=split != 'train' or self.keep_empty)
             if not len(self.splits[split]):
                 raise ZooError(f'no image of {file} has a usable annotation')
+        if not self.splits:
+            raise ZooError(self.missing['val'])
 
     def use_masks(self) -> None:
         super().use_masks()

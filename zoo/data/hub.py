@@ -12,10 +12,17 @@ from zoo.data.base import ImageData, Subset, hold_out
 from zoo.errors import ZooError
 
 
-def open_cell(value: dict[str, Any]) -> Image.Image:
-    """Decodes what an image column holds."""
+def open_cell(value: dict[str, Any] | None, decode: bool = True) -> Image.Image:
+    """What an image column holds, decoded or with its header alone.
+
+    Raises:
+        ValueError: The cell is empty.
+    """
+    if not value or not (value.get('bytes') or value.get('path')):
+        raise ValueError('there is no image')
     image = Image.open(io.BytesIO(value['bytes']) if value.get('bytes') else value['path'])
-    image.load()
+    if decode:
+        image.load()
     return image
 
 

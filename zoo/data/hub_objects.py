@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any, Literal
 
@@ -147,6 +146,5 @@ class _Opener:
 
     def size(self, number: int) -> tuple[int, int]:
         """Width and height, without decoding pixels."""
-        value = self.rows[number][self.column]
-        with Image.open(io.BytesIO(value['bytes']) if value.get('bytes') else value['path']) as image:
+        with open_cell(self.rows[number][self.column], decode=False) as image:
             return image.size

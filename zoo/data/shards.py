@@ -33,8 +33,10 @@ PICKLE_MEMBERS = ('pyd', 'pickle', 'pkl', 'pth', 'pt', 'npy', 'npz', 'joblib', '
 
 def expand_shards(shards: str | list[str]) -> list[str]:
     """Brace patterns and globs to a list of shards; refuses what is neither a file nor an http(s) address."""
-    import braceexpand
-
+    try:
+        import braceexpand
+    except ImportError as error:
+        raise ZooError('tar shards need the extra "data": pip install "linear-zoo[data]"') from error
     names = [
         n for pattern in ([shards] if isinstance(shards, str) else shards) for n in braceexpand.braceexpand(pattern)
     ]

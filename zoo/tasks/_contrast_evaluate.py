@@ -25,6 +25,13 @@ _SIMILARITIES = 1 << 24  # at a time
 _PROBE_DECAYS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 
 
+def _is_template(text: str) -> bool:
+    try:
+        return 'class' in text.replace('class', '').format('class')
+    except (IndexError, KeyError, ValueError):
+        return False
+
+
 @dataclass
 class ZeroShot:
     """How classes become texts.
@@ -45,8 +52,8 @@ class ZeroShot:
                     f'zero_shot.templates is {self.templates!r}: give a list of texts with {{}}, or '
                     f'{" or ".join(NAMED_TEMPLATES)}'
                 )
-        elif not self.templates or not all('{}' in text for text in self.templates):
-            raise ZooError('zero_shot.templates: every text needs {} where the class goes')
+        elif not self.templates or not all(map(_is_template, self.templates)):
+            raise ZooError('zero_shot.templates: every text needs {} where the class goes, and no other braces')
 
     def builders(self) -> list[Callable[[str], str]]:
         """Functions from a class to a text."""

@@ -122,7 +122,7 @@ def plot_similarity(
     for (row, column), value in np.ndenumerate(cosines.numpy()):
         color = 'black' if value > (cosines.min() + cosines.max()) / 2 else 'white'
         axis.text(column, row, f'{value:.2f}'.replace('0.', '.'), ha='center', va='center', fontsize=7, color=color)
-    axis.set_yticks(range(count), [_folded(name, 60) for name in names], fontsize=8)
+    axis.set_yticks(range(count), [_folded(name, 60) for name in names], fontsize=8, parse_math=False)
     axis.set_xticks([])
     for column, name in enumerate(names):
         inset = axis.inset_axes([column / count + 0.05 / count, 1.005, 0.9 / count, 0.9 / count])

@@ -136,8 +136,10 @@ class Contrast(FittingModule):
     # training
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        images, captions, _ = self._unpack(batch)
-        captions = captions or self._draw_captions(batch['target'])
+        images, captions, target = self._unpack(batch)
+        if not len(images):
+            raise ZooError('none of the images and captions of a batch could be read: see the warnings above')
+        captions = captions or self._draw_captions(target)
         image, text = self.encode_images(self.net, images), self.encode_captions(self.net, captions)
         with torch.autocast(self.device.type, enabled=False):
             parts = self._losses(image, text, images, captions)

@@ -119,7 +119,7 @@ class Detect(FittingModule):
         self.per_class = self._by_class(scores)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Tensor]]:
-        return self(batch['image'])
+        return self(self._unpack(batch)[0])
 
     def _evaluate(self, batch: dict[str, Any], metric: nn.Module) -> list[dict[str, Tensor]]:
         images, targets = self._unpack(batch)

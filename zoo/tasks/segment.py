@@ -74,7 +74,7 @@ class Maps:
         finer: Levels to add below the finest map by transposed convolutions.
         width: Channels of the simple feature pyramid that a plain model gets.
         frozen: Maps, the finest first, whose parameters do not train.
-        freeze_norms: Whether the backbone's BatchNorms keep their statistics and parameters.
+        freeze_norms: Whether the backbone's BatchNorms keep their statistics; their weights train.
         grad_checkpointing: Whether blocks are computed again in the backward pass.
     """
 
@@ -92,7 +92,7 @@ class Segment(FittingModule):
 
     Args:
         net: Name of the backbone in timm's registry, which holds the zoo's models too.
-        num_classes: Number of classes.
+        num_classes: Number of classes, at most 255: masks are bytes, in which 255 is ignored.
         net_kwargs: Further arguments of timm.create_model, such as img_size or drop_path_rate.
         pretrained: Whether the backbone starts from published weights.
         published: A whole published segmentor to start from, in mmsegmentation's layout: a file, or
@@ -140,6 +140,8 @@ class Segment(FittingModule):
             if self.optim.layer_decay is not None:
                 raise ZooError('model.backbone_lr and model.optim.layer_decay both set the learning rates of layers')
             self.optim = replace(self.optim, layer_decay=backbone_lr)
+        if not 1 <= num_classes <= IGNORE:
+            raise ZooError(f'model.num_classes {num_classes} must be within 1 .. {IGNORE}: masks are bytes')
         self.net_name, self.num_classes = net, num_classes
         maps = as_dataclass(Maps, maps)
         self.net = build_segmentor(net, num_classes, maps, self.head, net_kwargs or {}, pretrained and not published)
