@@ -26,7 +26,7 @@ import inspect
 import json
 import re
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -136,8 +136,8 @@ class LinFusion(ModelMixin, ConfigMixin):
             model: a UNet2DConditionModel, PixArtTransformer2DModel, DiTTransformer2DModel or a pipeline that has one.
             weights: hub name or folder of a published or saved LinFusion, file with its tensors, or state dict;
                 `auto` for the published ones that fit; None for none.
-            projection_mid_dim: without weights, the width of the MLPs: None for that of the layer, an integer, `div:16`
-                for a part of it (as the published SDXL has it), -1 for none.
+            projection_mid_dim: the width of the MLPs: None for that of the layer, an integer, `div:16` for a part of it
+                (as the published SDXL has it), -1 for none. Weights have theirs: None takes it, others must agree.
             init: without weights, `teacher` for the projections of the softmax layers and MLPs that add nothing yet,
                 `random` as the published training starts.
             keep_teacher: whether `detach` and `teacher` will be wanted: the softmax layers stay in memory.
@@ -153,12 +153,13 @@ class LinFusion(ModelMixin, ConfigMixin):
         layers = _checked_layers(target)
         if init not in ('teacher', 'random'):
             raise ValueError(f'init must be teacher or random, got {init!r}')
+        wanted = describe(layers, projection_mid_dim)
         if weights is None:
-            found = cls(describe(layers, projection_mid_dim))
-        elif projection_mid_dim is not None:
-            raise ValueError('projection_mid_dim is a property of the weights: give one of the two')
+            found = cls(wanted)
         else:
             found = cls._with_weights(layers, weights)
+            if projection_mid_dim is not None:
+                _same_widths(found.config.modules_list, wanted)
         found.mount(model, keep_teacher)
         if weights is None and init == 'teacher':
             for name, layer in found.layers.items():
@@ -180,7 +181,15 @@ class LinFusion(ModelMixin, ConfigMixin):
             return cls._from_tensors(ours, _read_tensors(Path(weights)), str(weights))
         if not Path(weights).is_dir() and not re.fullmatch(r'[\w.-]+/[\w.-]+', str(weights)):
             raise ValueError(f'weights: {weights} is no folder, no file and no name of a hub repository')
-        entries = normalised(cls.load_config(str(weights)).get('modules_list') or [])
+        try:
+            config = cls.load_config(str(weights))
+        except OSError as error:
+            what = 'the folder' if Path(weights).is_dir() else 'no folder of that name here, and the hub repository'
+            raise OSError(f'weights {weights}: {what} cannot be read: {str(error).strip().splitlines()[0]}') from error
+        kind = config.get('_class_name')
+        if kind in [linear.__name__ for pair in _LINEAR.items() for linear in pair]:
+            raise ValueError(f'{weights} is a whole model: load it with {kind}.from_pretrained, not as weights for one')
+        entries = normalised(config.get('modules_list') or [])
         difference = differences(ours, entries)
         if difference:
             raise ValueError(f'the weights {weights} are not for this model: {difference}')
@@ -361,12 +370,23 @@ def _follow(teacher: Attention, layer: LinearSelfAttention) -> None:
             teacher.fuse_projections()
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    if path.suffix == '.safetensors':
-        from safetensors.torch import load_file
+def _read_tensors(path: Path) -> Mapping[str, Tensor]:
+    from safetensors.torch import load_file
 
-        return load_file(path)
-    return torch.load(path, map_location='cpu', weights_only=True)
+    try:
+        found = load_file(path) if path.suffix == '.safetensors' else torch.load(path, 'cpu', weights_only=True)
+    except Exception as error:  # of a damaged file torch's reader raises a dozen types
+        raise ValueError(f'cannot read weights from {path}: {type(error).__name__}: {error}') from error
+    if not isinstance(found, Mapping):
+        raise ValueError(f'{path} holds no tensors by name but a {type(found).__name__}')
+    return found
+
+
+def _same_widths(theirs: Iterable[Mapping], asked: Iterable[Mapping]) -> None:
+    for a, b in zip(theirs, asked):
+        found, wanted = (middle_width(e['dim_n'], e['projection_mid_dim']) or e['dim_n'] for e in (a, b))
+        if found != wanted:
+            raise ValueError(f'the weights have projection_mid_dim {found} in {a["module_name"]}, not {wanted}')
 
 
 # --------------------------------------------------------------------------------------------------------------------
