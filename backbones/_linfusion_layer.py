@@ -90,13 +90,9 @@ class LinearSelfAttention(Attention):
         self.to_q_ = _projection(dim, projection_mid_dim)
         self.to_k_ = _projection(dim, projection_mid_dim)
 
-    def set_processor(self, processor) -> None:
-        """Keeps the processor, which is never called; one that is more than a way to compute softmax says so."""
-        if not isinstance(processor, STOCK):
-            _say_once(type(processor).__name__)
-        super().set_processor(processor)
-
     def __setattr__(self, name: str, value) -> None:
+        if name == 'processor' and not isinstance(value, STOCK):
+            _say_once(type(value).__name__)  # it is kept and never called; some pipelines set it without set_processor
         if name in FOLDED and self._folded_from is not None:
             # an adapter, which may leave again with its weights merged into these in a way that torch does not count
             self.fuse_projections(False)

@@ -269,8 +269,7 @@ class LinFusion(ModelMixin, ConfigMixin):
         model, teachers = self._teachers()
         if any(hasattr(m, 'base_layer') for m in self.modules()):
             raise ValueError('the linear layers carry LoRA layers, which would be lost: unload them first')
-        for name, layer in self.layers.items():
-            _follow(teachers[name], layer)
+        _follow(teachers, self.layers, model.dtype)
         _place(model, teachers)
         model.__class__ = type(model)._base
         config = {k: v for k, v in model.config.items() if k not in _OWN_CONFIG}
@@ -298,8 +297,7 @@ class LinFusion(ModelMixin, ConfigMixin):
             ValueError: if they were not kept.
         """
         model, teachers = self._teachers()
-        for name, layer in self.layers.items():
-            _follow(teachers[name], layer)
+        _follow(teachers, self.layers, model.dtype)
         _place(model, teachers)
         try:
             yield model
@@ -360,14 +358,15 @@ def _place(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
         setattr(model.get_submodule(parent), leaf, layer)
 
 
-def _follow(teacher: Attention, layer: LinearSelfAttention) -> None:
-    """Bring a softmax layer to where the model has gone since it was taken out."""
-    weight = layer.to_q.weight
-    teacher.to(weight.device, weight.dtype).train(layer.training)
-    if layer.processor is not teacher.processor:
-        teacher.set_processor(layer.processor)
-        if isinstance(layer.processor, processors.FusedAttnProcessor2_0) and not teacher.fused_projections:
-            teacher.fuse_projections()
+def _follow(teachers: Mapping[str, Attention], layers: Mapping[str, LinearSelfAttention], dtype: torch.dtype) -> None:
+    """Bring softmax layers to where the model has gone; linear ones may have a dtype of their own."""
+    for name, layer in layers.items():
+        teacher = teachers[name]
+        teacher.to(layer.to_q.weight.device, dtype).train(layer.training)
+        if layer.processor is not teacher.processor:
+            teacher.set_processor(layer.processor)
+            if isinstance(layer.processor, processors.FusedAttnProcessor2_0) and not teacher.fused_projections:
+                teacher.fuse_projections()
 
 
 def _read_tensors(path: Path) -> Mapping[str, Tensor]:
@@ -440,6 +439,21 @@ class _LinearModel:
                 'LinFusion.attach'
             )
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    def save_pretrained(self, save_directory: str | PathLike, **kwargs) -> None:
+        """Write a folder that from_pretrained reads.
+
+        Args:
+            save_directory: folder.
+            kwargs: of diffusers' ModelMixin.
+
+        Raises:
+            ValueError: while the softmax layers are in place.
+        """
+        linear = LinFusion.of(self)
+        if any(self.get_submodule(name) is not layer for name, layer in linear.layers.items()):
+            raise ValueError('the softmax layers are in place: save outside of teacher(), or detach() first')
+        super().save_pretrained(save_directory, **kwargs)
 
     def to_json_string(self) -> str:
         config = json.loads(super().to_json_string())

@@ -222,6 +222,20 @@ def test_what_cannot_be_attached(plain):
     assert type(plain) is UNet2DConditionModel
 
 
+def test_the_teacher_has_the_dtype_of_the_model(plain, tmp_path):
+    """What is trained may be fp32 in a model that is not."""
+    model = copy.deepcopy(plain).to(torch.bfloat16)
+    before = tiny.step(model)
+    linear = LinFusion.attach(model)
+    linear.float()
+    with linear.teacher():
+        assert torch.equal(tiny.step(model), before)
+        with pytest.raises(ValueError, match='softmax layers are in place'):
+            model.save_pretrained(tmp_path)
+    linear.detach()
+    assert torch.equal(tiny.step(model), before) and not list(tmp_path.iterdir())
+
+
 def test_without_the_teacher(plain):
     model, linear = attached(plain, keep_teacher=False)
     for use in (linear.detach, lambda: linear.teacher().__enter__()):
@@ -469,7 +483,10 @@ def test_processors_with_no_effect_say_so_once(plain, monkeypatch):
             return torch.zeros_like(hidden_states)
 
     expected = tiny.step(model)
-    for layer in linear.layers.values():
+    first, *others = linear.layers.values()
+    first.processor = Mine()  # as the pipelines of PAG and SAG do
+    assert len(said) == 1
+    for layer in others:
         layer.set_processor(Mine())
     assert torch.equal(tiny.step(model), expected)
     assert len(said) == 1 and 'Mine has no effect' in said[0]
