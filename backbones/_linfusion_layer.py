@@ -320,7 +320,7 @@ def normalised(modules_list: Iterable) -> list[dict]:
         if not isinstance(entry, Mapping):
             name, dim, heads = entry  # older files
             entry = {'module_name': name, 'dim_n': dim, 'heads': heads}
-        entries.append({'projection_mid_dim': None, **entry})
+        entries.append({**entry, 'projection_mid_dim': entry.get('projection_mid_dim')})
     return entries
 
 

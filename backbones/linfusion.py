@@ -110,7 +110,8 @@ class LinFusion(ModelMixin, ConfigMixin):
     def __init__(self, modules_list: list):
         super().__init__()
         entries = normalised(modules_list)
-        self.register_to_config(modules_list=entries)
+        # the decorator takes what came by position for a default, which from_config leaves out
+        self.register_to_config(modules_list=entries, _use_default_values=[])
         for i, entry in enumerate(entries):
             options = {key: entry[key] for key in ('bias', 'out_bias') if key in entry}
             mid_dim = middle_width(entry['dim_n'], entry['projection_mid_dim'])

@@ -339,6 +339,7 @@ def test_older_form_of_the_config(plain, tmp_path):
     assert torch.equal(tiny.step(model), expected) and found.config.modules_list == linear.config.modules_list
     short = [{k: e[k] for k in ('module_name', 'dim_n', 'heads')} for e in linear.config.modules_list]
     assert LinFusion(short).config.modules_list == linear.config.modules_list
+    assert LinFusion.from_config(linear.config).config.modules_list == linear.config.modules_list
 
 
 def test_weights_of_another_model(plain, saved, tmp_path):
