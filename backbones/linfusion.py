@@ -246,7 +246,7 @@ class LinFusion(ModelMixin, ConfigMixin):
         self.__dict__['_mounted'] = target, layers if keep_teacher else None
         target.__dict__['_linfusion'] = self
         target.__class__ = _LINEAR.get(type(target), type(target))
-        target.register_to_config(modules_list=self.config.modules_list)
+        _set_config(target, {**target.config, 'modules_list': self.config.modules_list})
         if model is not target:
             self.__dict__['_pipeline'] = weakref.ref(model)
             self._tell_pipeline()
@@ -276,7 +276,7 @@ class LinFusion(ModelMixin, ConfigMixin):
         config = {k: v for k, v in model.config.items() if k not in _OWN_CONFIG}
         if '_class_name' in config:  # saving left it there
             config['_class_name'] = type(model).__name__
-        model._internal_dict = FrozenDict(config)
+        _set_config(model, config)
         del model.__dict__['_linfusion'], self.__dict__['_mounted']
         self._tell_pipeline(model)
         self.__dict__.pop('_pipeline', None)
@@ -357,6 +357,14 @@ def _place(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     for name, layer in layers.items():
         parent, _, leaf = name.rpartition('.')
         setattr(model.get_submodule(parent), leaf, layer)
+
+
+def _set_config(model: nn.Module, config: dict) -> None:
+    """Give a model another config; entries that were set as attributes alone stay, as IP-Adapters set theirs."""
+    former, model._internal_dict = model.config, FrozenDict(config)
+    for key, value in vars(former).items():
+        if key in config and key in former and value is not former[key]:
+            setattr(model.config, key, value)
 
 
 def _follow(teachers: Mapping[str, Attention], layers: Mapping[str, LinearSelfAttention], dtype: torch.dtype) -> None:

@@ -26,6 +26,7 @@ from peft import LoraConfig
 from zoo.backbones import _linfusion_layer
 from zoo.backbones.linfusion import LinearSelfAttention, LinearUNet2DConditionModel, LinFusion
 
+import zoo.diffusion  # noqa: F401  lets diffusers load linear models
 from zoo.tools._unet_rows import unet_config
 
 PARITY = Path(__file__).parent / 'parity'
@@ -528,19 +529,23 @@ def test_lora_after_attaching(plain, tmp_path):
     assert torch.equal(tiny.step(model), tiny.step(plain))
 
 
+def test_ip_adapter_before_attaching(plain):
+    """It marks the UNet by an attribute of the config that the config's entries do not show."""
+    model = copy.deepcopy(plain)
+    given = tiny.load_ip_adapter(model)
+    before = tiny.step(model, **given)
+    linear = LinFusion.attach(model, init='random')
+    later, state = attached(plain)[0], linear.state_dict()
+    LinFusion.of(later).load_state_dict(state)
+    assert torch.equal(tiny.step(model, **given), tiny.step(later, **tiny.load_ip_adapter(later)))
+    linear.detach()
+    assert torch.equal(tiny.step(model, **given), before)
+
+
 def test_ip_adapter(plain):
     model, linear = attached(plain)
     expected = tiny.step(model)
-    rng = torch.Generator().manual_seed(0)
-    shape = lambda *s: torch.randn(*s, generator=rng) * 0.2  # noqa: E731
-    image_proj = {'proj.weight': shape(4 * 32, 16), 'proj.bias': shape(4 * 32)}
-    image_proj |= {'norm.weight': shape(32), 'norm.bias': shape(32)}
-    adapter = {}
-    for i, name in enumerate(n for n in model.attn_processors if 'attn2' in n):
-        width = model.get_submodule(name.removesuffix('.processor')).to_q.weight.shape[0]
-        adapter |= {f'{2 * i + 1}.to_{x}_ip.weight': shape(width, 32) for x in 'kv'}
-    model._load_ip_adapter_weights([{'image_proj': image_proj, 'ip_adapter': adapter}])
-    given = dict(added_cond_kwargs={'image_embeds': [torch.randn(2, 1, 16, generator=rng)]})
+    given = tiny.load_ip_adapter(model)
     assert (tiny.step(model, **given) - expected).abs().max() > 1e-3
     attn1 = [p for n, p in model.attn_processors.items() if 'attn1' in n]
     assert all(type(p) is processors.AttnProcessor2_0 for p in attn1) and len(attn1) == 7
