@@ -24,6 +24,7 @@ STOCK = (
     processors.SlicedAttnProcessor,
     processors.XFormersAttnProcessor,
 )
+FOLDED = ('to_q', 'to_k', 'to_v', 'to_q_', 'to_k_')
 
 logger = logging.get_logger(__name__)
 
@@ -89,20 +90,31 @@ class LinearSelfAttention(Attention):
         self.to_q_ = _projection(dim, projection_mid_dim)
         self.to_k_ = _projection(dim, projection_mid_dim)
 
-    def set_processor(self, processor) -> None:
-        """Keeps the processor, which is never called; one that is more than a way to compute softmax says so."""
-        if not isinstance(processor, STOCK):
-            _say_once(type(processor).__name__)
-        super().set_processor(processor)
+    def __setattr__(self, name: str, value) -> None:
+        if name == 'processor' and not isinstance(value, STOCK):
+            _say_once(type(value).__name__)  # it is kept and never called; some pipelines set it without set_processor
+        if name in FOLDED and self._folded_from is not None:
+            # an adapter, which may leave again with its weights merged into these in a way that torch does not count
+            self.fuse_projections(False)
+        super().__setattr__(name, value)
+
+    def _apply(self, fn, recurse: bool = True):
+        folded = self._is_folded()
+        super()._apply(fn, recurse)
+        if folded:  # moved or cast, folded weights with the others
+            self._folded_from = self._sources()
+        return self
 
     @torch.no_grad()
     def fuse_projections(self, fuse: bool = True) -> None:
         """Fold weights for inference; `fuse_qkv_projections()` of a UNet or pipeline calls it.
 
         With a the activation inside an MLP, to_q(x + W a + b) = to_q(x) + (to_q W) a + to_q b: the products with x are
-        one, and so are the first layers of both MLPs. Used where no gradient is recorded and nothing is compiled, until
-        a weight changes or another processor than diffusers' fused one is set; a CUDA graph replays the weights that it
-        was captured with. The folded weights are not saved.
+        one, and so are the first layers of both MLPs. Used where no gradient is recorded, without autocast and
+        compilation, until a weight changes, an adapter comes or another processor than diffusers' fused one is set; a
+        CUDA graph replays the weights that it was captured with, and what writes into the `.data` of a weight has to
+        call this again. The folded weights are not saved. Weights that are quantised, kept in 8 bits or made in
+        inference mode are not folded.
 
         Args:
             fuse: False to drop them.
@@ -113,9 +125,10 @@ class LinearSelfAttention(Attention):
         parts = [self.to_q, self.to_k, self.to_v, *self.to_q_.children(), *self.to_k_.children()]
         if not fuse or {type(x) for x in parts} - {nn.Linear, nn.LayerNorm, nn.LeakyReLU}:
             return  # with an adapter a projection is more than its weight
-        sources = [p for x in parts for p in x.parameters()]
-        modules = [self.to_q, self.to_k, self.to_v, self.to_q_, self.to_k_]
-        self._folded_from = modules, sources, [p._version for p in sources]
+        weights = [p for x in parts for p in x.parameters()]
+        if not all(type(p) is nn.Parameter and p.dtype.itemsize > 1 and not p.is_inference() for p in weights):
+            return
+        self._folded_from = self._sources()
         wide = lambda x: x.detach().double()  # noqa: E731
         weights, biases, inner = [], [], not isinstance(self.to_q_, nn.Identity)
         for linear, mlp in ((self.to_q, self.to_q_), (self.to_k, self.to_k_), (self.to_v, None)):
@@ -137,19 +150,37 @@ class LinearSelfAttention(Attention):
         for name, x in folded.items():
             self.register_buffer(f'folded_{name}', x.to(self.to_q.weight.dtype), persistent=False)
 
-    def _uses_folded(self) -> bool:
+    def _sources(self) -> tuple[list, list]:
+        """Where modules and weights that are folded hang, and what hangs there."""
+        parts = [(self._modules, name) for name in FOLDED]
+        parts += [(mlp._modules, name) for mlp in (self.to_q_, self.to_k_) for name in mlp._modules]
+        held = [(d, name, d[name]) for d, name in parts]
+        own = [(m._parameters, name, p) for *_, m in held for name, p in m._parameters.items() if p is not None]
+        return held, [(*entry, entry[-1]._version, entry[-1].data_ptr()) for entry in own]
+
+    def _is_folded(self) -> bool:
         """Whether weights are folded, and neither they nor the modules that they belong to have changed since."""
+        if self._folded_from is None:
+            return False
+        modules, weights = self._folded_from
+        for held, name, module in modules:
+            if held.get(name) is not module:
+                return False
+        for held, name, p, version, place in weights:
+            if held.get(name) is not p or p._version != version or p.data_ptr() != place:
+                return False
+        return True
+
+    def _uses_folded(self, device: str) -> bool:
         if self._folded_from is None or torch.is_grad_enabled():
             return False
         if not isinstance(self.processor, processors.FusedAttnProcessor2_0):
             return False
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.is_autocast_enabled(device):
             return False  # a compiled program would not see a weight change
-        modules, sources, versions = self._folded_from
-        if [p._version for p in sources] != versions:
-            return False
-        own = self._modules
-        return modules == [own['to_q'], own['to_k'], own['to_v'], own['to_q_'], own['to_k_']]
+        if not self._is_folded():
+            self.fuse_projections(False)  # what has changed may change back in a way that torch does not count
+        return self._folded_from is not None
 
     def _folded(self, x: Tensor) -> Tensor:
         """Queries, keys and values side by side, (B, N, 3 dim)."""
@@ -188,7 +219,7 @@ class LinearSelfAttention(Attention):
             raise ValueError(f'linear self-attention takes (B, N, dim), got {tuple(hidden_states.shape)}')
         x = hidden_states
         split = lambda y: y.unflatten(-1, (self.heads, -1))  # noqa: E731  (B, N, H, D)
-        if self._uses_folded():
+        if self._uses_folded(x.device.type):
             q, k, v = self._folded(x).chunk(3, -1)
         else:
             q, k, v = self.to_q(x + self.to_q_(x)), self.to_k(x + self.to_k_(x)), self.to_v(x)
@@ -288,8 +319,8 @@ def normalised(modules_list: Iterable) -> list[dict]:
     for entry in modules_list:
         if not isinstance(entry, Mapping):
             name, dim, heads = entry  # older files
-            entry = {'module_name': name, 'dim_n': dim, 'heads': heads, 'projection_mid_dim': None}
-        entries.append(dict(entry))
+            entry = {'module_name': name, 'dim_n': dim, 'heads': heads}
+        entries.append({**entry, 'projection_mid_dim': entry.get('projection_mid_dim')})
     return entries
 
 

@@ -26,7 +26,7 @@ import inspect
 import json
 import re
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -110,7 +110,8 @@ class LinFusion(ModelMixin, ConfigMixin):
     def __init__(self, modules_list: list):
         super().__init__()
         entries = normalised(modules_list)
-        self.register_to_config(modules_list=entries)
+        # the decorator takes what came by position for a default, which from_config leaves out
+        self.register_to_config(modules_list=entries, _use_default_values=[])
         for i, entry in enumerate(entries):
             options = {key: entry[key] for key in ('bias', 'out_bias') if key in entry}
             mid_dim = middle_width(entry['dim_n'], entry['projection_mid_dim'])
@@ -136,8 +137,8 @@ class LinFusion(ModelMixin, ConfigMixin):
             model: a UNet2DConditionModel, PixArtTransformer2DModel, DiTTransformer2DModel or a pipeline that has one.
             weights: hub name or folder of a published or saved LinFusion, file with its tensors, or state dict;
                 `auto` for the published ones that fit; None for none.
-            projection_mid_dim: without weights, the width of the MLPs: None for that of the layer, an integer, `div:16`
-                for a part of it (as the published SDXL has it), -1 for none.
+            projection_mid_dim: the width of the MLPs: None for that of the layer, an integer, `div:16` for a part of it
+                (as the published SDXL has it), -1 for none. Weights have theirs: None takes it, others must agree.
             init: without weights, `teacher` for the projections of the softmax layers and MLPs that add nothing yet,
                 `random` as the published training starts.
             keep_teacher: whether `detach` and `teacher` will be wanted: the softmax layers stay in memory.
@@ -153,12 +154,13 @@ class LinFusion(ModelMixin, ConfigMixin):
         layers = _checked_layers(target)
         if init not in ('teacher', 'random'):
             raise ValueError(f'init must be teacher or random, got {init!r}')
+        wanted = describe(layers, projection_mid_dim)
         if weights is None:
-            found = cls(describe(layers, projection_mid_dim))
-        elif projection_mid_dim is not None:
-            raise ValueError('projection_mid_dim is a property of the weights: give one of the two')
+            found = cls(wanted)
         else:
             found = cls._with_weights(layers, weights)
+            if projection_mid_dim is not None:
+                _same_widths(found.config.modules_list, wanted)
         found.mount(model, keep_teacher)
         if weights is None and init == 'teacher':
             for name, layer in found.layers.items():
@@ -180,7 +182,15 @@ class LinFusion(ModelMixin, ConfigMixin):
             return cls._from_tensors(ours, _read_tensors(Path(weights)), str(weights))
         if not Path(weights).is_dir() and not re.fullmatch(r'[\w.-]+/[\w.-]+', str(weights)):
             raise ValueError(f'weights: {weights} is no folder, no file and no name of a hub repository')
-        entries = normalised(cls.load_config(str(weights)).get('modules_list') or [])
+        try:
+            config = cls.load_config(str(weights))
+        except OSError as error:
+            what = 'the folder' if Path(weights).is_dir() else 'no folder of that name here, and the hub repository'
+            raise OSError(f'weights {weights}: {what} cannot be read: {str(error).strip().splitlines()[0]}') from error
+        kind = config.get('_class_name')
+        if kind in [linear.__name__ for pair in _LINEAR.items() for linear in pair]:
+            raise ValueError(f'{weights} is a whole model: load it with {kind}.from_pretrained, not as weights for one')
+        entries = normalised(config.get('modules_list') or [])
         difference = differences(ours, entries)
         if difference:
             raise ValueError(f'the weights {weights} are not for this model: {difference}')
@@ -236,7 +246,7 @@ class LinFusion(ModelMixin, ConfigMixin):
         self.__dict__['_mounted'] = target, layers if keep_teacher else None
         target.__dict__['_linfusion'] = self
         target.__class__ = _LINEAR.get(type(target), type(target))
-        target.register_to_config(modules_list=self.config.modules_list)
+        _set_config(target, {**target.config, 'modules_list': self.config.modules_list})
         if model is not target:
             self.__dict__['_pipeline'] = weakref.ref(model)
             self._tell_pipeline()
@@ -260,14 +270,13 @@ class LinFusion(ModelMixin, ConfigMixin):
         model, teachers = self._teachers()
         if any(hasattr(m, 'base_layer') for m in self.modules()):
             raise ValueError('the linear layers carry LoRA layers, which would be lost: unload them first')
-        for name, layer in self.layers.items():
-            _follow(teachers[name], layer)
+        _follow(teachers, self.layers, model.dtype)
         _place(model, teachers)
         model.__class__ = type(model)._base
         config = {k: v for k, v in model.config.items() if k not in _OWN_CONFIG}
         if '_class_name' in config:  # saving left it there
             config['_class_name'] = type(model).__name__
-        model._internal_dict = FrozenDict(config)
+        _set_config(model, config)
         del model.__dict__['_linfusion'], self.__dict__['_mounted']
         self._tell_pipeline(model)
         self.__dict__.pop('_pipeline', None)
@@ -289,8 +298,7 @@ class LinFusion(ModelMixin, ConfigMixin):
             ValueError: if they were not kept.
         """
         model, teachers = self._teachers()
-        for name, layer in self.layers.items():
-            _follow(teachers[name], layer)
+        _follow(teachers, self.layers, model.dtype)
         _place(model, teachers)
         try:
             yield model
@@ -351,22 +359,42 @@ def _place(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
         setattr(model.get_submodule(parent), leaf, layer)
 
 
-def _follow(teacher: Attention, layer: LinearSelfAttention) -> None:
-    """Bring a softmax layer to where the model has gone since it was taken out."""
-    weight = layer.to_q.weight
-    teacher.to(weight.device, weight.dtype).train(layer.training)
-    if layer.processor is not teacher.processor:
-        teacher.set_processor(layer.processor)
-        if isinstance(layer.processor, processors.FusedAttnProcessor2_0) and not teacher.fused_projections:
-            teacher.fuse_projections()
+def _set_config(model: nn.Module, config: dict) -> None:
+    """Give a model another config; entries that were set as attributes alone stay, as IP-Adapters set theirs."""
+    former, model._internal_dict = model.config, FrozenDict(config)
+    for key, value in vars(former).items():
+        if key in config and key in former and value is not former[key]:
+            setattr(model.config, key, value)
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    if path.suffix == '.safetensors':
-        from safetensors.torch import load_file
+def _follow(teachers: Mapping[str, Attention], layers: Mapping[str, LinearSelfAttention], dtype: torch.dtype) -> None:
+    """Bring softmax layers to where the model has gone; linear ones may have a dtype of their own."""
+    for name, layer in layers.items():
+        teacher = teachers[name]
+        teacher.to(layer.to_q.weight.device, dtype).train(layer.training)
+        if layer.processor is not teacher.processor:
+            teacher.set_processor(layer.processor)
+            if isinstance(layer.processor, processors.FusedAttnProcessor2_0) and not teacher.fused_projections:
+                teacher.fuse_projections()
 
-        return load_file(path)
-    return torch.load(path, map_location='cpu', weights_only=True)
+
+def _read_tensors(path: Path) -> Mapping[str, Tensor]:
+    from safetensors.torch import load_file
+
+    try:
+        found = load_file(path) if path.suffix == '.safetensors' else torch.load(path, 'cpu', weights_only=True)
+    except Exception as error:  # of a damaged file torch's reader raises a dozen types
+        raise ValueError(f'cannot read weights from {path}: {type(error).__name__}: {error}') from error
+    if not isinstance(found, Mapping):
+        raise ValueError(f'{path} holds no tensors by name but a {type(found).__name__}')
+    return found
+
+
+def _same_widths(theirs: Iterable[Mapping], asked: Iterable[Mapping]) -> None:
+    for a, b in zip(theirs, asked):
+        found, wanted = (middle_width(e['dim_n'], e['projection_mid_dim']) or e['dim_n'] for e in (a, b))
+        if found != wanted:
+            raise ValueError(f'the weights have projection_mid_dim {found} in {a["module_name"]}, not {wanted}')
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -420,6 +448,21 @@ class _LinearModel:
                 'LinFusion.attach'
             )
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    def save_pretrained(self, save_directory: str | PathLike, **kwargs) -> None:
+        """Write a folder that from_pretrained reads.
+
+        Args:
+            save_directory: folder.
+            kwargs: of diffusers' ModelMixin.
+
+        Raises:
+            ValueError: while the softmax layers are in place.
+        """
+        linear = LinFusion.of(self)
+        if any(self.get_submodule(name) is not layer for name, layer in linear.layers.items()):
+            raise ValueError('the softmax layers are in place: save outside of teacher(), or detach() first')
+        super().save_pretrained(save_directory, **kwargs)
 
     def to_json_string(self) -> str:
         config = json.loads(super().to_json_string())

@@ -333,9 +333,12 @@ def test_caches_of_something_else(pipelines, tmp_path, capsys):
         (cache_arguments(pipelines, pipelines / 'images'), 'neither empty nor a cache'),
         (cache_arguments(pipelines, tmp_path / 'none', 'sd15', '--shard-size=0'), 'positive'),
         (cache_arguments(pipelines, tmp_path / 'other', 'nothing'), 'cannot load a diffusers pipeline'),
+        (cache_arguments(pipelines, tmp_path / 'other', 'sd15', '--device=gpu'), '--device gpu'),
+        (cache_arguments(pipelines, target / 'plan.json'), 'neither empty nor a cache'),
     ):
         assert main(args) == 2
         assert message in capsys.readouterr().err
+    assert not (tmp_path / 'other').exists()  # a mistake leaves nothing that the right command would stumble over
     with pytest.raises(ZooError, match='make one for it'):
         Frame(load_pipeline(pipelines / 'sdxl')).check(CachedLatents(str(target)))
     (target / '00001.safetensors').unlink()

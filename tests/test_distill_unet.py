@@ -290,6 +290,15 @@ def test_training_leaves_a_pipeline(trained):
     assert (trained / 'report' / 'samples.png').is_file() and (trained / 'report' / 'curves.png').is_file()
 
 
+def test_a_linear_unet_from_nothing(tmp_path):
+    net = json.dumps({**UNET, 'projection_mid_dim': 'div:4'})
+    short = ['--trainer.max_steps=1', '--trainer.max_epochs=-1', '--model.samples.count=0', f'--model.unet={net}']
+    assert main(train_arguments(tmp_path, *short)) == 0
+    made = load_pipeline(tmp_path / 'trained' / 'model').unet
+    assert type(made).__name__ == 'LinearUNet2DConditionModel'
+    assert {entry['projection_mid_dim'] for entry in LinFusion.of(made).config.modules_list} == {4}
+
+
 def test_distillation_leaves_students_and_a_table(distilled, trained):
     state = read_checkpoint(distilled / 'checkpoints' / 'last.ckpt')['state_dict']
     assert not any('conv_in' in key for key in state), 'the frozen rest is in the checkpoint'

@@ -1,5 +1,7 @@
 """`zoo generate-image`: the ladder to large images, what saves memory, and the estimate before it starts."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import tiny_diffusion as tiny
@@ -31,10 +33,10 @@ def folder(pipe, tmp_path_factory):
 
 def test_ladder(pipe):
     shape = lambda *size, **k: [(s.width, s.height, s.strength) for s in ladder(pipe, *size, **k)]  # noqa: E731
-    assert shape(16, 16) == [(16, 16, None)] and shape(30, 62) == [(30, 62, None)]
+    assert shape(16, 16) == [(16, 16, None)] and shape(24, 56) == [(24, 56, None)]
     assert shape(128, 64) == [(32, 16, None), (64, 32, 0.4), (128, 64, 0.3)]
     assert [s for *_, s in shape(1024, 1024)] == [None, 0.4, 0.3, 0.2, 0.1, 0.1, 0.1]
-    assert shape(72, 40, native=20) == [(36, 20, None), (72, 40, 0.4)]
+    assert shape(80, 48, native=24) == [(40, 24, None), (80, 48, 0.4)]
     assert shape(64, 64, native=64) == [(64, 64, None)]
     assert [s.calls for s in ladder(pipe, 64, 64, 20)] == [20, 8, 6]
 
@@ -42,8 +44,10 @@ def test_ladder(pipe):
 @pytest.mark.parametrize(
     'size, options, words',
     [
-        ((31, 64), {}, 'multiples of 2, such as 32x64'),
-        ((0, 64), {}, 'multiples of 2'),
+        ((31, 64), {}, 'multiples of 8, such as 32x64'),
+        ((36, 64), {}, 'multiples of 8, such as 32x64'),  # no pipeline takes it, whatever its VAE could
+        ((0, 64), {}, 'multiples of 8'),
+        ((64, 64), dict(native=-1), 'at least 1'),
         ((64, 64), dict(steps=2), 'at least one of 2 steps'),
         ((64, 64), dict(strengths=(1.5,)), 'strength'),
         ((64, 64), dict(strengths=()), 'strength'),
@@ -182,7 +186,12 @@ def test_command(folder, tmp_path, capsys):
     'arguments, words',
     [
         (['--size', '64'], 'write it as'),
-        (['--size', '63x64'], 'multiples of 2'),
+        (['--size', '63x64'], 'multiples of 8'),
+        (['--native', '-1'], '--native -1'),
+        (['--device', 'gpu'], '--device gpu'),
+        (['--linfusion', 'none'], 'holds no softmax layers'),
+        (['--output', str(Path(__file__).parent)], 'is a folder'),
+        (['--output', f'{__file__}/image.png'], 'is no folder'),
         (['--size', '640x640', '--memory-gb', '0.02'], 'largest size of this shape'),
         (['--linfusion', 'no/thing'], '--linfusion no/thing'),
         (['--offload', 'model'], 'main memory'),
@@ -214,3 +223,44 @@ def test_other_mistakes(tmp_path, capsys):
 
     with pytest.raises(ZooError, match='no image-to-image sibling'):
         generate(Alone(**pipe.components, requires_safety_checker=False), ladder(pipe, 32, 32), prompt='a')
+
+
+def test_the_class_pipeline_of_training_is_told_apart(tmp_path, capsys):
+    """diffusers loads it by name, and it takes no prompts."""
+    from diffusers import DDPMScheduler, DiffusionPipeline
+
+    from zoo.diffusion.class_to_image import ClassToImagePipeline, build_class_unet
+
+    unet = build_class_unet(tiny.UNET | dict(in_channels=3, out_channels=3), 2)
+    ClassToImagePipeline(unet, DDPMScheduler(), {'0': 'cat', '1': 'dog'}).save_pretrained(tmp_path)
+    assert type(DiffusionPipeline.from_pretrained(tmp_path)) is ClassToImagePipeline
+    assert main(['generate-image', str(tmp_path), '--prompt', 'cat', '--device', 'cpu']) == 2
+    assert 'ClassToImagePipeline does not make an image of a text' in capsys.readouterr().err
+
+
+def pixart(sample_size=8):
+    from diffusers import DDIMScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
+
+    widths = dict(num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16, caption_channels=12)
+    shape = dict(sample_size=sample_size, in_channels=4, out_channels=8, num_layers=1, patch_size=2, norm_num_groups=4)
+    model = PixArtTransformer2DModel(**widths, **shape)
+    found = PixArtAlphaPipeline(None, None, tiny.pipeline().vae, model.eval(), DDIMScheduler())
+    found.set_progress_bar_config(disable=True)
+    LinFusion.attach(found, init='random')
+    return found
+
+
+def test_pixart_makes_the_size_that_was_asked_for():
+    """Not a size of its table, resized; and sides are multiples of the pixels of a token."""
+    pipe, made = pixart(32), []
+    text, mask = torch.randn(2, 1, 5, 12), torch.ones(1, 5)
+    prompts = dict(prompt_embeds=text[0], prompt_attention_mask=mask, negative_prompt=None)
+    prompts |= dict(negative_prompt_embeds=text[1], negative_prompt_attention_mask=mask)
+    pipe.transformer.register_forward_pre_hook(lambda _, given: made.append(given[0].shape[-2:]))
+    image, _ = generate(pipe, ladder(pipe, 72, 40, 2), say=str, **prompts)
+    assert image.shape == (1, 3, 40, 72) and set(made) == {(20, 36)}
+    with pytest.raises(ZooError, match='no image-to-image sibling'):
+        ladder(pixart(), 64, 64)
+    pipe.vae_scale_factor = 8  # as of the real VAE: a token has 16 pixels
+    with pytest.raises(ZooError, match='multiples of 16, such as 64x96'):
+        ladder(pipe, 72, 96)

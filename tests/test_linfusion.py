@@ -26,6 +26,7 @@ from peft import LoraConfig
 from zoo.backbones import _linfusion_layer
 from zoo.backbones.linfusion import LinearSelfAttention, LinearUNet2DConditionModel, LinFusion
 
+import zoo.diffusion  # noqa: F401  lets diffusers load linear models
 from zoo.tools._unet_rows import unet_config
 
 PARITY = Path(__file__).parent / 'parity'
@@ -222,6 +223,20 @@ def test_what_cannot_be_attached(plain):
     assert type(plain) is UNet2DConditionModel
 
 
+def test_the_teacher_has_the_dtype_of_the_model(plain, tmp_path):
+    """What is trained may be fp32 in a model that is not."""
+    model = copy.deepcopy(plain).to(torch.bfloat16)
+    before = tiny.step(model)
+    linear = LinFusion.attach(model)
+    linear.float()
+    with linear.teacher():
+        assert torch.equal(tiny.step(model), before)
+        with pytest.raises(ValueError, match='softmax layers are in place'):
+            model.save_pretrained(tmp_path)
+    linear.detach()
+    assert torch.equal(tiny.step(model), before) and not list(tmp_path.iterdir())
+
+
 def test_without_the_teacher(plain):
     model, linear = attached(plain, keep_teacher=False)
     for use in (linear.detach, lambda: linear.teacher().__enter__()):
@@ -323,6 +338,9 @@ def test_older_form_of_the_config(plain, tmp_path):
     (tmp_path / 'config.json').write_text(json.dumps(config))
     found = LinFusion.attach(model := copy.deepcopy(plain), tmp_path)
     assert torch.equal(tiny.step(model), expected) and found.config.modules_list == linear.config.modules_list
+    short = [{k: e[k] for k in ('module_name', 'dim_n', 'heads')} for e in linear.config.modules_list]
+    assert LinFusion(short).config.modules_list == linear.config.modules_list
+    assert LinFusion.from_config(linear.config).config.modules_list == linear.config.modules_list
 
 
 def test_weights_of_another_model(plain, saved, tmp_path):
@@ -336,9 +354,9 @@ def test_weights_of_another_model(plain, saved, tmp_path):
         with pytest.raises(ValueError, match=words):
             LinFusion.attach(model, folder)
         assert type(model) is UNet2DConditionModel
-    damaged = {k: v for k, v in tensors.items() if k != '3.to_v.weight'}
+    lacking = {k: v for k, v in tensors.items() if k != '3.to_v.weight'}
     for weights, words in [
-        (damaged, '3.to_v.weight'),
+        (lacking, '3.to_v.weight'),
         ({k: v for k, v in tensors.items() if k[0] != '6'}, 'found 6 layers'),
         ({'mid_block.attn1.to_q.weight': torch.zeros(1)}, 'found 1 layers such as'),
         ({k: v[:8] for k, v in tensors.items()}, 'size mismatch'),
@@ -347,10 +365,24 @@ def test_weights_of_another_model(plain, saved, tmp_path):
     ]:
         with pytest.raises(ValueError, match=words):
             LinFusion.attach(copy.deepcopy(plain), weights)
-    with pytest.raises(ValueError, match='one of the two'):
+    damaged = tmp_path / 'damaged.safetensors'
+    damaged.write_bytes(b'{}')
+    (tmp_path / 'list.pt').write_bytes(b'?')
+    tiny.unet().save_pretrained(tmp_path / 'unet')
+    for weights, words in [
+        (damaged, 'cannot read weights from .*damaged.safetensors'),
+        (tmp_path / 'list.pt', 'cannot read weights from .*list.pt'),
+        (tmp_path / 'unet', 'is a whole model: load it with UNet2DConditionModel'),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            LinFusion.attach(copy.deepcopy(plain), weights)
+    with pytest.raises(OSError, match='the folder cannot be read: .*config.json'):
+        LinFusion.attach(copy.deepcopy(plain), tmp_path)
+    LinFusion.attach(copy.deepcopy(plain), folder, projection_mid_dim='div:4')
+    with pytest.raises(ValueError, match='projection_mid_dim 16 in down_blocks.1.*, not 8'):
         LinFusion.attach(copy.deepcopy(plain), folder, projection_mid_dim=8)
     (tmp_path / 'config.json').write_text((folder / 'config.json').read_text())
-    safetensors.torch.save_file(damaged, tmp_path / 'diffusion_pytorch_model.safetensors', {'format': 'pt'})
+    safetensors.torch.save_file(lacking, tmp_path / 'diffusion_pytorch_model.safetensors', {'format': 'pt'})
     with pytest.raises(ValueError, match='damaged: missing'):
         LinFusion.attach(copy.deepcopy(plain), tmp_path)
 
@@ -453,56 +485,15 @@ def test_processors_with_no_effect_say_so_once(plain, monkeypatch):
             return torch.zeros_like(hidden_states)
 
     expected = tiny.step(model)
-    for layer in linear.layers.values():
+    first, *others = linear.layers.values()
+    first.processor = Mine()  # as the pipelines of PAG and SAG do
+    assert len(said) == 1
+    for layer in others:
         layer.set_processor(Mine())
     assert torch.equal(tiny.step(model), expected)
     assert len(said) == 1 and 'Mine has no effect' in said[0]
     linear.detach()  # there it has one, and is kept
     assert (tiny.step(model) - tiny.step(plain)).abs().max() > 1e-3
-
-
-def test_fused_projections(plain):
-    model, linear = attached(plain)
-    expected = tiny.step(model)
-    model.fuse_qkv_projections()
-    torch.testing.assert_close(tiny.step(model), expected, rtol=1e-4, atol=1e-5)
-    assert not any('attn1.to_qkv' in k or 'folded' in k for k in model.state_dict())
-    linear.detach()  # the softmax layers follow: their processors need fused weights
-    torch.testing.assert_close(tiny.step(model), tiny.step(plain))
-    linear.mount(model)
-    torch.testing.assert_close(tiny.step(model), expected, rtol=1e-4, atol=1e-5)
-    model.unfuse_qkv_projections()
-    assert torch.equal(tiny.step(model), expected)
-
-
-@pytest.mark.parametrize('middle', [None, 4, -1])
-def test_folded_weights(middle):
-    """Equal to the layer as it is, until a weight changes; in fp64 the folding itself is exact."""
-    torch.manual_seed(0)
-    layer = LinearSelfAttention(32, 4, middle, bias=True).double()
-    x, used = torch.randn(2, 7, 32, dtype=torch.float64), []
-    relative = lambda y, z: ((y - z).norm() / z.norm()).item()  # noqa: E731
-    with torch.no_grad():
-        [p.copy_(torch.randn_like(p) * 0.3) for p in layer.parameters()]
-        expected, names = layer(x), set(layer.state_dict())
-        layer.fuse_projections()
-        layer.set_processor(processors.FusedAttnProcessor2_0())
-        folded = layer._folded
-        layer._folded = lambda *args: used.append(1) or folded(*args)
-        assert relative(layer(x), expected) < 1e-12 and used
-        assert set(layer.state_dict()) == names
-        assert relative(layer.float()(x.float()), expected) < 1e-5 and len(used) == 2
-        compiled = torch.compile(layer, backend='aot_eager', fullgraph=True)
-        assert relative(compiled(x.float()), expected) < 1e-5
-        used.clear()
-        layer.to_q.weight.mul_(2)
-        changed = layer(x.float())
-        assert not used and relative(changed, expected) > 1e-2
-        assert relative(compiled(x.float()), changed) < 1e-5
-        layer.fuse_projections()
-        assert relative(layer(x.float()), changed) < 1e-5 and used
-    used.clear()
-    assert layer(x.float()).requires_grad and not used
 
 
 def test_copies_are_their_own(plain):
@@ -538,19 +529,23 @@ def test_lora_after_attaching(plain, tmp_path):
     assert torch.equal(tiny.step(model), tiny.step(plain))
 
 
+def test_ip_adapter_before_attaching(plain):
+    """It marks the UNet by an attribute of the config that the config's entries do not show."""
+    model = copy.deepcopy(plain)
+    given = tiny.load_ip_adapter(model)
+    before = tiny.step(model, **given)
+    linear = LinFusion.attach(model, init='random')
+    later, state = attached(plain)[0], linear.state_dict()
+    LinFusion.of(later).load_state_dict(state)
+    assert torch.equal(tiny.step(model, **given), tiny.step(later, **tiny.load_ip_adapter(later)))
+    linear.detach()
+    assert torch.equal(tiny.step(model, **given), before)
+
+
 def test_ip_adapter(plain):
     model, linear = attached(plain)
     expected = tiny.step(model)
-    rng = torch.Generator().manual_seed(0)
-    shape = lambda *s: torch.randn(*s, generator=rng) * 0.2  # noqa: E731
-    image_proj = {'proj.weight': shape(4 * 32, 16), 'proj.bias': shape(4 * 32)}
-    image_proj |= {'norm.weight': shape(32), 'norm.bias': shape(32)}
-    adapter = {}
-    for i, name in enumerate(n for n in model.attn_processors if 'attn2' in n):
-        width = model.get_submodule(name.removesuffix('.processor')).to_q.weight.shape[0]
-        adapter |= {f'{2 * i + 1}.to_{x}_ip.weight': shape(width, 32) for x in 'kv'}
-    model._load_ip_adapter_weights([{'image_proj': image_proj, 'ip_adapter': adapter}])
-    given = dict(added_cond_kwargs={'image_embeds': [torch.randn(2, 1, 16, generator=rng)]})
+    given = tiny.load_ip_adapter(model)
     assert (tiny.step(model, **given) - expected).abs().max() > 1e-3
     attn1 = [p for n, p in model.attn_processors.items() if 'attn1' in n]
     assert all(type(p) is processors.AttnProcessor2_0 for p in attn1) and len(attn1) == 7

@@ -31,6 +31,20 @@ def step(model, size=(8, 8), **options):
     return model(latents.to(model.dtype), t, text.to(model.dtype), **options).sample
 
 
+def load_ip_adapter(model):
+    """Random weights; gives arguments of a step that uses them."""
+    rng = torch.Generator().manual_seed(0)
+    shape = lambda *s: torch.randn(*s, generator=rng) * 0.2  # noqa: E731
+    image_proj = {'proj.weight': shape(4 * 32, 16), 'proj.bias': shape(4 * 32)}
+    image_proj |= {'norm.weight': shape(32), 'norm.bias': shape(32)}
+    adapter = {}
+    for i, name in enumerate(n for n in model.attn_processors if 'attn2' in n):
+        width = model.get_submodule(name.removesuffix('.processor')).to_q.weight.shape[0]
+        adapter |= {f'{2 * i + 1}.to_{x}_ip.weight': shape(width, 32) for x in 'kv'}
+    model._load_ip_adapter_weights([{'image_proj': image_proj, 'ip_adapter': adapter}])
+    return dict(added_cond_kwargs={'image_embeds': [torch.randn(2, 1, 16, generator=rng)]})
+
+
 def pipeline(seed=0, **changes):
     """Stable Diffusion in miniature; its tokenizer knows letters."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline

@@ -8,8 +8,9 @@
     zoo.diffusion.fast_layers(pipeline)                    # GroupNorm and GEGLU in Triton kernels
     pipeline.save_pretrained('linear')                     # DiffusionPipeline.from_pretrained loads it
 
-diffusers finds classes of models by name in its own namespace, and has no other registry: there the linear classes are
-put. A UNet to train from scratch is `LinearUNet2DConditionModel(**config)`.
+diffusers finds classes by name in its own namespace, and has no other registry: there the linear classes are put, and
+the pipeline that `zoo.tasks.TrainUNet` leaves of data with classes. A UNet to train from scratch is
+`LinearUNet2DConditionModel(**config)`.
 """
 
 from __future__ import annotations
@@ -30,9 +31,11 @@ from zoo.backbones.linfusion import (
     LinearUNet2DConditionModel,
     LinFusion,
 )
+from zoo.diffusion.class_to_image import ClassToImagePipeline
 from zoo.diffusion.layers import fast_layers, plain_layers
 
 __all__ = [
+    'ClassToImagePipeline',
     'LinFusion',
     'LinearDiTTransformer2DModel',
     'LinearPixArtTransformer2DModel',
@@ -47,9 +50,9 @@ MODELS = (LinearUNet2DConditionModel, LinearPixArtTransformer2DModel, LinearDiTT
 
 
 def register() -> None:
-    """Make the linear classes known to diffusers; importing this module has done it already."""
-    for model in MODELS:
-        setattr(diffusers, model.__name__, model)
+    """Make our classes known to diffusers; importing this module has done it already."""
+    for known in (*MODELS, ClassToImagePipeline):
+        setattr(diffusers, known.__name__, known)
     # a pipeline notes the module of its parts' classes, and loads from modules of this table only
     LOADABLE_CLASSES.setdefault(linfusion.__name__, {'ModelMixin': ['save_pretrained', 'from_pretrained']})
 

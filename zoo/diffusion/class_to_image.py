@@ -20,14 +20,33 @@ try:
 except ImportError as error:
     raise ZooError('diffusion models need the extra "diffusion": pip install "linear-zoo[diffusion]"') from error
 
-__all__ = ['ClassToImagePipeline', 'build_class_unet', 'class_tokens']
+from zoo.backbones.linfusion import LinearUNet2DConditionModel
+
+__all__ = ['ClassToImagePipeline', 'build_class_unet', 'build_unet', 'class_tokens']
+
+
+def build_unet(config: dict[str, Any]) -> UNet2DConditionModel:
+    """A new UNet.
+
+    Args:
+        config: Arguments of UNet2DConditionModel; with projection_mid_dim or modules_list its self-attention is linear.
+
+    Raises:
+        ZooError: It cannot be built.
+    """
+    linear = {'projection_mid_dim', 'modules_list'} & set(config)
+    kind = LinearUNet2DConditionModel if linear else UNet2DConditionModel
+    try:
+        return kind(**config)
+    except (TypeError, ValueError) as error:
+        raise ZooError(f'cannot build a {kind.__name__} from this config: {error}') from error
 
 
 def build_class_unet(config: dict[str, Any], classes: int, tokens: int = 4) -> UNet2DConditionModel:
     """A new UNet for `classes` classes.
 
     Args:
-        config: Arguments of UNet2DConditionModel without those about the conditioning but cross_attention_dim.
+        config: See build_unet; without what is about the conditioning but cross_attention_dim.
         classes: Number of classes; one more, the last, stands for none.
         tokens: Tokens that a class becomes in cross-attention.
 
@@ -36,12 +55,9 @@ def build_class_unet(config: dict[str, Any], classes: int, tokens: int = 4) -> U
     """
     if {'encoder_hid_dim', 'encoder_hid_dim_type'} & set(config):
         raise ZooError('leave encoder_hid_dim and encoder_hid_dim_type out of the config of a UNet with classes')
-    try:
-        unet = UNet2DConditionModel(
-            **config, encoder_hid_dim_type='text_proj', encoder_hid_dim=(classes + 1) * max(tokens, 1)
-        )
-    except (TypeError, ValueError) as error:
-        raise ZooError(f'cannot build a UNet2DConditionModel from this config: {error}') from error
+    unet = build_unet(
+        {**config, 'encoder_hid_dim_type': 'text_proj', 'encoder_hid_dim': (classes + 1) * max(tokens, 1)}
+    )
     # a table of embeddings: Linear's own initialisation is made for inputs that are not one-hot, and far too small
     nn.init.normal_(unet.encoder_hid_proj.weight)
     return unet

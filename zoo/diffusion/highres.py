@@ -8,6 +8,8 @@ composed; larger ones get detail, so strengths fall. Stock pipelines of diffuser
 from __future__ import annotations
 
 import contextlib
+import inspect
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -83,9 +85,12 @@ def ladder(
         native: side that the model was trained at; the pipeline's by default.
 
     Raises:
-        ZooError: for sizes or strengths that the pipeline cannot have.
+        ZooError: for sizes or strengths that the pipeline cannot have, or levels where it has no image-to-image
+            sibling.
     """
-    unit, native = pipe.vae_scale_factor, native or native_side(pipe)
+    unit, native = size_unit(pipe), native or native_side(pipe)
+    if native < 1:
+        raise ZooError(f'the side of the first level must be at least 1, got {native}')
     if min(width, height) < unit or width % unit or height % unit:
         fits = 'x'.join(str(max(unit, round(n / unit) * unit)) for n in (width, height))
         raise ZooError(f'the size {width}x{height} must be in multiples of {unit}, such as {fits}')
@@ -94,12 +99,48 @@ def ladder(
         doublings += 1
     if doublings and (not strengths or not all(0 < s <= 1 and int(steps * s) > 0 for s in strengths[:doublings])):
         raise ZooError(f'every strength needs at least one of {steps} steps and at most all, got {strengths}')
+    if doublings:
+        image_to_image(pipe)
     stages = []
     for level in range(doublings + 1):
         size = (max(unit, round(n / 2 ** (doublings - level) / unit) * unit) for n in (width, height))
         strength = strengths[min(level, len(strengths)) - 1] if level else None
         stages.append(Stage(*size, strength, steps))
     return stages
+
+
+def size_unit(pipe) -> int:
+    """Of what height and width are multiples: of 8 in all pipelines, of the pixels of a token, and of both.
+
+    Args:
+        pipe: a text-to-image pipeline.
+
+    Raises:
+        ZooError: for other pipelines.
+    """
+    known = inspect.signature(type(pipe).__call__).parameters
+    if getattr(pipe, 'vae', None) is None or not hasattr(pipe, 'vae_scale_factor') or 'prompt' not in known:
+        raise ZooError(f'{type(pipe).__name__} does not make an image of a text with a VAE')
+    patch = denoiser(pipe).config.get('patch_size')
+    return math.lcm(8, pipe.vae_scale_factor * (patch if isinstance(patch, int) else 1))
+
+
+def image_to_image(pipe):
+    """The pipeline that refines an image with the same models.
+
+    Args:
+        pipe: a text-to-image pipeline.
+
+    Raises:
+        ZooError: if diffusers has none.
+    """
+    try:
+        return AutoPipelineForImage2Image.from_pipe(pipe)
+    except ValueError as error:
+        kind = type(pipe).__name__
+        raise ZooError(
+            f'{kind} has no image-to-image sibling: it makes images below twice the size that it was trained at'
+        ) from error
 
 
 def native_side(pipe) -> int:
@@ -334,7 +375,7 @@ def check_memory(
     if found is None or have is None or found['total'] <= have:
         return found
     last, largest = stages[-1], None
-    unit = pipe.vae_scale_factor
+    unit = size_unit(pipe)
     fixed = found['weights'] * MARGIN
     scale = max(0.0, (have - fixed) / (found['total'] - fixed)) ** 0.5  # everything else grows with the pixels
     for shrink in (1.0, 0.97, 0.9, 0.75, 0.5, 0.25):
@@ -349,7 +390,7 @@ def check_memory(
         *(['--chunk-guidance'] if guided and not how.chunk_guidance else []),
         *(['--chunk-feed-forward 8'] if how.chunk_feed_forward == 1 else []),
         *(['--tile 512'] if not how.tile or how.tile > 512 else []),
-        *(['--offload model'] if how.offload == 'none' else []),
+        *(['--offload model'] if how.offload == 'none' and torch.device(device).type != 'cpu' else []),
     ]
     says = f'{last} needs about {found["total"] / 1e9:.1f} GB on {device}, which has {have / 1e9:.1f} GB; '
     says += f'the largest size of this shape that fits is {largest}' if largest else 'no size of this shape fits'
@@ -432,12 +473,10 @@ def generate(
     how, device = how or Savings(), str(pipe._execution_device)
     rng = torch.Generator('cpu').manual_seed(seed)
     again = None
+    if 'use_resolution_binning' in inspect.signature(type(pipe).__call__).parameters:
+        inputs.setdefault('use_resolution_binning', False)  # it would make an image of another size and resize it
     if len(stages) > 1:
-        try:
-            again = AutoPipelineForImage2Image.from_pipe(pipe)
-        except ValueError as error:
-            kind = type(pipe).__name__
-            raise ZooError(f'{kind} has no image-to-image sibling, and cannot go beyond {stages[0]}') from error
+        again = image_to_image(pipe)
         again._progress_bar_config = dict(getattr(pipe, '_progress_bar_config', {}))
     image, report = None, []
     for number, stage in enumerate(stages, 1):

@@ -209,7 +209,7 @@ def say_rows(rows: list[Row], judge: str) -> None:
         share = '' if row.accuracy is None else f'{100 * row.accuracy:.2f} %'
         distance = '' if row.frechet is None else f'{row.frechet:.3f}'
         taken = '' if row.seconds is None else f'{row.seconds:.1f}'
-        table.add_row(row.name, str(row.size), *errors, share, distance, str(row.samples or ''), taken)
+        table.add_row(row.name, str(row.size or ''), *errors, share, distance, str(row.samples or ''), taken)
     show(f'held-out images, and samples judged by {judge}', table)
 
 

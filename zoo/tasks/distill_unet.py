@@ -194,6 +194,9 @@ class DistillUNet(FittingModule):
         total = sum(parts.loss for _, parts in found.values())
         self.log('val/loss', total, prog_bar=True, batch_size=size, sync_dist=True)
 
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Never run: without it Lightning stops before `setup` says why."""
+
     def _log_parts(self, split: str, init: str, parts: Losses, size: int) -> None:
         inner = f'{split}/{init}/' if len(self.inits) > 1 else f'{split}/'
         named = {f'{inner}{key}': getattr(parts, key).detach() for key in ('target', 'output', 'features')}

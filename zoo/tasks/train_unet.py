@@ -23,7 +23,8 @@ class TrainUNet(FittingModule):
     """Trains a diffusers UNet to denoise; the run leaves a diffusers pipeline in RUN/model.
 
     Args:
-        unet: Arguments of a new UNet2DConditionModel; null goes on training the pipeline's own.
+        unet: Arguments of a new UNet2DConditionModel, whose self-attention is linear if they have projection_mid_dim
+            (null, an integer, div:16 or -1, see LinFusion.attach); null goes on training the pipeline's own.
         pipeline: Folder or hub name of a pipeline whose VAE, text encoders and scheduler are used and whose UNet is
             replaced; null trains on pixels, conditioned on the classes of the data.
         tokens: Tokens that a class becomes in cross-attention.
@@ -102,15 +103,15 @@ class TrainUNet(FittingModule):
         self.__dict__['_train_net'] = torch.compile(self.net) if self.compiled else self.net
 
     def _pipeline(self, data: Any) -> Any:
-        from diffusers import DDPMScheduler, UNet2DConditionModel
+        from diffusers import DDPMScheduler
 
-        from zoo.diffusion.class_to_image import ClassToImagePipeline, build_class_unet
+        from zoo.diffusion.class_to_image import ClassToImagePipeline, build_class_unet, build_unet
 
         with keyed_randomness(run_seed()):
             if self.pipeline_name is not None:
                 pipeline = load_pipeline(self.pipeline_name)
                 if self.source is not None:
-                    pipeline.unet = UNet2DConditionModel(**self.source)
+                    pipeline.unet = build_unet(self.source)
                 if self.scheduler is not None:
                     pipeline.scheduler = DDPMScheduler(**self.scheduler)
                 return pipeline

@@ -76,11 +76,12 @@ def cli_cache_latents(argv: list[str]) -> int:
     settings = {k: str(v) for k, v in vars(framing).items() if k != 'crop_area'}
     settings |= {'pipeline': args.pipeline, 'data': args.data}
     settings |= {'split': args.split, 'captions': str(args.captions), 'shard_size': str(args.shard_size)}
-    claim(args.output, {'settings': settings, 'buckets': _digest(buckets), 'samples': len(buckets)})
+    plan = {'settings': settings, 'buckets': _digest(buckets), 'samples': len(buckets)}
+    check_plan(args.output, plan)
     waiting = [number for number in range(len(shards)) if not _file(args.output, number).is_file()]
     print(f'{len(source)} samples in {len(shards)} shards, {len(shards) - len(waiting)} of them there already')
     if waiting or not (args.output / 'index.json').is_file():
-        _encode(args, framing, source, buckets, shards, waiting, settings)
+        _encode(args, framing, source, buckets, shards, waiting, plan)
     print(f'cache: {args.output}/  (--data zoo.data.CachedLatents --data.path {args.output})')
     return 0
 
@@ -100,14 +101,12 @@ def _digest(buckets: list[int]) -> str:
     return hashlib.sha256(json.dumps(buckets).encode()).hexdigest()
 
 
-def claim(folder: Path, plan: dict[str, Any]) -> None:
-    """Notes in a folder what is being cached there; raises ZooError if it is something else."""
-    folder.mkdir(parents=True, exist_ok=True)
+def check_plan(folder: Path, plan: dict[str, Any]) -> None:
+    """Raises ZooError if something else than `plan` has been cached in a folder, or is there."""
     path = folder / PLAN
     if not path.is_file():
-        if any(folder.iterdir()):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ZooError(f'{folder} is neither empty nor a cache: give another --output')
-        _replace(path, lambda staged: staged.write_text(json.dumps(plan, indent=1) + '\n'))
         return
     theirs = json.loads(path.read_text())
     if theirs != plan:
@@ -141,18 +140,26 @@ def _encode(
     buckets: list[int],
     shards: list[list[int]],
     waiting: list[int],
-    settings: dict[str, str],
+    plan: dict[str, Any],
 ) -> None:
     from safetensors.torch import save_file
 
     from zoo.tasks._denoising import Frame, load_pipeline
 
-    device = torch.device(args.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    try:
+        device = torch.device(args.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    except RuntimeError as error:
+        raise ZooError(f'--device {args.device}: take cuda, cuda:1 or cpu') from error
     dtype = _DTYPES[args.dtype or ('float16' if device.type == 'cuda' else 'float32')]
     frame = Frame(load_pipeline(args.pipeline, dtype))
     if frame.vae is None or frame.classes is not None:
         raise ZooError(f'{args.pipeline} has no VAE and text encoder: there is nothing to cache')
     frame.to(device)
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ZooError(f'cannot write {args.output}: {error}') from error
+    _replace(args.output / PLAN, lambda staged: staged.write_text(json.dumps(plan, indent=1) + '\n'))
     empty = {k: v[0].to('cpu', torch.float16).contiguous() for k, v in frame.encode_nothing().items()}
     _replace(args.output / 'empty.safetensors', lambda staged: save_file(empty, staged))
     _check_room(args.output, frame, framing, empty, sum(len(shards[number]) for number in waiting))
@@ -165,7 +172,7 @@ def _encode(
             _replace(_file(args.output, number), lambda staged, t=tensors, m=told: save_file(t, staged, metadata=m))
     for name, error in skipped[:5]:
         print(f'left out: {name} ({error})')
-    index = describe(args.output, frame, empty, settings, len(shards))
+    index = describe(args.output, frame, empty, plan['settings'], len(shards))
     _replace(args.output / 'index.json', lambda staged: staged.write_text(json.dumps(index, indent=1) + '\n'))
     print(f'{index["samples"]} samples cached, {len(index["left_out"])} unreadable ones left out')
 

@@ -53,13 +53,14 @@ def _parser() -> argparse.ArgumentParser:
 FORMATS = {'.png': 'PNG', '.jpg': 'JPEG', '.jpeg': 'JPEG', '.webp': 'WEBP'}
 
 
-def load_pipeline(name: str, linfusion: str, dtype: torch.dtype):
+def load_pipeline(name: str, linfusion: str, dtype: torch.dtype, fuse: bool = True):
     """A pipeline with linear attention.
 
     Args:
         name: folder or hub name.
         linfusion: `auto`, `none`, or weights as `LinFusion.attach` takes them.
         dtype: of its weights.
+        fuse: whether to fold the weights of linear layers.
 
     Raises:
         ZooError: if there is none, or the weights do not fit.
@@ -67,20 +68,24 @@ def load_pipeline(name: str, linfusion: str, dtype: torch.dtype):
     from diffusers import DiffusionPipeline
 
     import zoo.diffusion as diffusion
+    from zoo.diffusion.highres import size_unit
 
     try:
         pipe = DiffusionPipeline.from_pretrained(name, torch_dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise ZooError(f'{name} does not load as a diffusers pipeline: {str(error).strip().splitlines()[0]}') from error
+    except Exception as error:  # diffusers and the hub raise a dozen types; the user needs the name and the cause
+        cause = str(error).strip().splitlines() or [type(error).__name__]
+        raise ZooError(f'{name} does not load as a diffusers pipeline: {cause[0]}') from error
+    size_unit(pipe)
     linear = diffusion.LinFusion.of(pipe)
-    if linear is not None:
+    if linfusion == 'none' and linear is not None:
+        raise ZooError(f'--linfusion none: {name} is linear and holds no softmax layers; leave the option out')
+    if not (linfusion == 'none' or (linfusion == 'auto' and linear is not None)):
+        try:
+            linear = diffusion.LinFusion.attach(pipe, linfusion, keep_teacher=False)
+        except (OSError, ValueError) as error:
+            raise ZooError(f'--linfusion {linfusion}: {error} (none: generate with softmax attention)') from error
+    if linear is not None and fuse:
         linear.fuse()
-    if linfusion == 'none' or (linfusion == 'auto' and linear is not None):
-        return pipe
-    try:
-        diffusion.LinFusion.attach(pipe, linfusion, keep_teacher=False).fuse()
-    except (OSError, ValueError) as error:
-        raise ZooError(f'--linfusion {linfusion}: {error} (none: generate with softmax attention)') from error
     return pipe
 
 
@@ -120,26 +125,42 @@ def write_images(images: torch.Tensor, target: Path) -> list[Path]:
     return paths
 
 
+def _check(args: argparse.Namespace, device: str) -> None:
+    """Refuse what cannot work, naming the option."""
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ZooError(f'--device {device}: take cuda, cuda:1 or cpu') from error
+    if kind == 'cuda' and not torch.cuda.is_available():
+        raise ZooError('--device cuda: torch sees no CUDA device here (zoo doctor says what it sees)')
+    if min(args.steps, args.images, args.chunk_feed_forward) < 1 or args.tile < 0:
+        raise ZooError('--steps, --images and --chunk-feed-forward must be at least 1, --tile at least 0')
+    if args.native is not None and args.native < 1:
+        raise ZooError(f'--native {args.native} must be a number of pixels')
+    if args.offload != 'none' and kind == 'cpu':
+        raise ZooError(f'--offload {args.offload} keeps weights in main memory, where a CPU has them already')
+    if args.size is not None:
+        parse_size(args.size)
+    if args.output.is_dir():
+        raise ZooError(f'--output {args.output} is a folder: name a file')
+    if args.output.suffix.lower() not in FORMATS:
+        raise ZooError(f'--output {args.output}: name it with one of {", ".join(FORMATS)}')
+    above = next(folder for folder in args.output.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise ZooError(f'--output {args.output}: {above} is no folder')
+
+
 def cli_generate_image(argv: list[str]) -> int:
     """Generate images of a prompt."""
     args = _parser().parse_args(argv)
     device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    if device.startswith('cuda') and not torch.cuda.is_available():
-        raise ZooError('--device cuda: torch sees no CUDA device here (zoo doctor says what it sees)')
-    if args.steps < 1 or args.images < 1 or args.chunk_feed_forward < 1 or args.tile < 0:
-        raise ZooError('--steps, --images and --chunk-feed-forward must be at least 1, --tile at least 0')
-    if args.offload != 'none' and torch.device(device).type == 'cpu':
-        raise ZooError(f'--offload {args.offload} keeps weights in main memory, where a CPU has them already')
-    if args.size is not None:
-        parse_size(args.size)  # before any download
-    if args.output.suffix.lower() not in FORMATS:
-        raise ZooError(f'--output {args.output}: name it with one of {", ".join(FORMATS)}')
+    _check(args, device)  # before any download
     from zoo.diffusion.highres import STRENGTHS, Savings, check_memory, denoiser, generate, ladder, native_side
     from zoo.diffusion.layers import fast_layers
 
     dtypes = {'fp16': torch.float16, 'bf16': torch.bfloat16, 'fp32': torch.float32}
     dtype = dtypes[args.dtype or ('fp16' if device.startswith('cuda') else 'fp32')]
-    pipe = load_pipeline(args.model, args.linfusion, dtype)
+    pipe = load_pipeline(args.model, args.linfusion, dtype, fuse=args.offload != 'sequential')  # to be moved, too
     if args.tile and args.tile % (4 * pipe.vae_scale_factor):
         raise ZooError(f'--tile must be a multiple of {4 * pipe.vae_scale_factor}, got {args.tile}')
     width, height = parse_size(args.size) if args.size else 2 * (args.native or native_side(pipe),)
@@ -159,7 +180,8 @@ def cli_generate_image(argv: list[str]) -> int:
         offload = {'model': pipe.enable_model_cpu_offload, 'sequential': pipe.enable_sequential_cpu_offload}
         offload[how.offload](device=device)
     start = time.perf_counter()
-    inputs = dict(prompt=args.prompt, negative_prompt=args.negative_prompt, num_images_per_prompt=args.images)
+    inputs = dict(prompt=args.prompt, num_images_per_prompt=args.images)
+    inputs |= {} if args.negative_prompt is None else {'negative_prompt': args.negative_prompt}
     images, report = generate(pipe, stages, how, args.seed, guidance=args.guidance, **inputs)
     done = time.perf_counter()
     for row in report:
