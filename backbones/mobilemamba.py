@@ -472,7 +472,10 @@ class MobileMamba(PyramidMixin, nn.Module):
 
 
 def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor]:
-    """Published file, trainer checkpoint (`net_E`, the averaged weights, before `net`) or own checkpoint, bare."""
+    """Published file, trainer checkpoint (`net_E`, the averaged weights, before `net`) or own checkpoint, bare.
+
+    Of a published detector or segmentor it keeps the backbone, to be loaded with `features_only=True`.
+    """
     return published_weights(state_dict)
 
 
