@@ -60,6 +60,17 @@ def test_blocks_that_scale_after_the_norm_keep_their_activation():
     torch.testing.assert_close(block(x, temb), plain)
 
 
+def test_blocks_of_videos_keep_their_activation():
+    from diffusers.models.resnet import TemporalResnetBlock
+
+    torch.manual_seed(0)
+    block = TemporalResnetBlock(32, 32, temb_channels=16).eval()
+    x, temb = torch.randn(1, 32, 3, 5, 7), torch.randn(1, 3, 16)
+    plain = block(x, temb)
+    fast_layers(block)
+    torch.testing.assert_close(block(x, temb), plain)
+
+
 def test_gradients_and_autocast():
     vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, down_block_types=('DownEncoderBlock2D',),
                         up_block_types=('UpDecoderBlock2D',)).to(DEVICE)  # fmt: skip
