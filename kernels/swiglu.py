@@ -13,6 +13,8 @@ matrix product.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -55,9 +57,14 @@ def _product(name: str, gelu: bool) -> Op:
 _op, _geglu_op = _product('swiglu', False), _product('geglu', True)
 
 
-def _check(name: str, x: Tensor) -> None:
+def _run(name: str, x: Tensor, naive: Callable, op: Op, product: Callable) -> Tensor:
     if x.ndim == 0 or x.shape[-1] % 2:
         raise ValueError(f'{name}: the last dimension of x must be even, [a | b], got {tuple(x.shape)}')
+    if _dispatch.forced() == 'naive':
+        return naive(x)
+    if _dispatch.takes_triton('swiglu', x):
+        return op(x)
+    return product(*x.chunk(2, -1))
 
 
 def swiglu(x: Tensor) -> Tensor:
@@ -72,13 +79,7 @@ def swiglu(x: Tensor) -> Tensor:
     Raises:
         ValueError: if the last dimension is odd.
     """
-    _check('swiglu', x)
-    if _dispatch.forced() == 'naive':
-        return naive_swiglu(x)
-    if _dispatch.takes_triton('swiglu', x):
-        return _op(x)
-    a, b = x.chunk(2, -1)
-    return F.silu(a) * b
+    return _run('swiglu', x, naive_swiglu, _op, lambda a, b: F.silu(a) * b)
 
 
 def geglu(x: Tensor) -> Tensor:
@@ -93,13 +94,7 @@ def geglu(x: Tensor) -> Tensor:
     Raises:
         ValueError: if the last dimension is odd.
     """
-    _check('geglu', x)
-    if _dispatch.forced() == 'naive':
-        return naive_geglu(x)
-    if _dispatch.takes_triton('swiglu', x):
-        return _geglu_op(x)
-    a, b = x.chunk(2, -1)
-    return a * F.gelu(b)
+    return _run('geglu', x, naive_geglu, _geglu_op, lambda a, b: a * F.gelu(b))
 
 
 def _linear_forward(x: Tensor, weight: Tensor) -> Tensor:

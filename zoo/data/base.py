@@ -16,7 +16,7 @@ from zoo.data.seeding import run_seed
 from zoo.data.transforms import Augment, View, eval_transform, train_transform
 from zoo.errors import ZooError
 
-WARNED_ONE_BY_ONE = 3
+_WARNED_ONE_BY_ONE = 3
 
 
 class ResumableData(LightningDataModule):
@@ -81,16 +81,23 @@ class ResumableData(LightningDataModule):
         for name, error in failures:
             if self.strict:
                 raise ZooError(f'unreadable {self.noun}: {name}\n  {error}\n(strict: true; false skips such files)')
-            if name in self._bad:
-                continue
-            self._bad.add(name)
-            self.skipped += 1
-            if self.skipped <= WARNED_ONE_BY_ONE or self.skipped % 1000 == 0:
-                warnings.warn(
-                    f'skipped unreadable {self.noun} {name} ({error}); {self.skipped} so far',
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
+            self.leave_out('skipped', name, f'skipped unreadable {self.noun} {name} ({error})')
+
+    def leave_out(self, account: str, name: str, words: str) -> None:
+        """Counts a sample that cannot be used, once however often it is met; warns of the first and of every 1000th.
+
+        Args:
+            account: Attribute with the number.
+            name: Of the sample.
+            words: What the warning says.
+        """
+        if name in self._bad:
+            return
+        self._bad.add(name)
+        count = getattr(self, account) + 1
+        setattr(self, account, count)
+        if count <= _WARNED_ONE_BY_ONE or count % 1000 == 0:
+            warnings.warn(f'{words}; {count} so far', RuntimeWarning, stacklevel=3)
 
     def _ranks(self) -> tuple[int, int]:
         """Number of this process and number of processes."""

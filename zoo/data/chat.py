@@ -20,7 +20,6 @@ A batch is a dictionary:
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -29,7 +28,7 @@ import torch
 from jinja2 import TemplateError
 from torch.utils.data import DataLoader, Dataset
 
-from zoo.data.base import WARNED_ONE_BY_ONE, ResumableData, loader_options
+from zoo.data.base import ResumableData, loader_options
 from zoo.data.sampling import SUBSTITUTES, UNREADABLE, EpochSampler, collate, substitute_for
 from zoo.data.seeding import run_seed
 from zoo.errors import ZooError
@@ -484,16 +483,8 @@ class ChatData(ResumableData):
     def report_dropped(self, dropped: list[tuple[str, int]]) -> None:
         """Counts the samples that were too long, each once, and names the first."""
         for name, length in dropped:
-            if name in self._bad:
-                continue
-            self._bad.add(name)
-            self.dropped += 1
-            if self.dropped <= WARNED_ONE_BY_ONE or self.dropped % 1000 == 0:
-                warnings.warn(
-                    f'left out {name}: {length} tokens, data.max_length is {self.max_length}; {self.dropped} so far',
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
+            words = f'left out {name}: {length} tokens, data.max_length is {self.max_length}'
+            self.leave_out('dropped', name, words)
 
     def count_unusable(self, batch: dict[str, Any], training: bool = False) -> None:
         """Takes note of what a batch had to leave out.
