@@ -38,7 +38,7 @@ _CPU_BATCH_SHRINK = 32  # the same shapes at a batch that a CPU finishes in mill
 _INPUT_SETS = 4
 _CHECKED_BATCH = 2
 _TIMED_SHARE_S = 20.0  # of repeats of one pass of one case, all implementations together
-_DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
+DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 _OURS = 'zoo'
 
 
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """
     parser.add_argument('--ops', metavar='A,B', help='public names of ops; default: all')
     parser.add_argument('--shapes', metavar='A,B', help='labels of shapes; default: all')
-    parser.add_argument('--dtype', choices=list(_DTYPES), help='default: fp32 on the CPU, else bf16')
+    parser.add_argument('--dtype', choices=list(DTYPES), help='default: fp32 on the CPU, else bf16')
     parser.add_argument(
         '--peers',
         nargs='?',
@@ -69,6 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument('--backward', action=argparse.BooleanOptionalAction, default=True, help='fwd+bwd too')
     parser.add_argument('--peer-seconds', type=float, default=90, metavar='S', help='longest first call of a peer')
+    parser.add_argument('--launch', action='store_true', help='instead: what a call of each op costs the host, on one '
+                        'small shape and without peers')  # fmt: skip
 
 
 def select(args: argparse.Namespace) -> list[Case]:
@@ -121,8 +123,13 @@ def _forward(op: Callable, inputs: Inputs) -> Callable[[], object]:
     return run
 
 
-def _forward_backward(op: Callable, inputs: Inputs) -> Callable[[], object]:
-    """Output and gradients of every floating-point argument; the first call draws the gradients of the outputs."""
+def forward_backward(op: Callable, inputs: Inputs) -> Callable[[], object]:
+    """A step with output and gradients of every floating-point argument.
+
+    Args:
+        op: what it calls; the first call draws the gradients of its outputs.
+        inputs: with these arguments.
+    """
     leaves, upstream = _leaves(inputs), []
 
     def run():
@@ -212,7 +219,7 @@ def _on_gpu(row: dict, steps: list[Callable], repeats: int) -> None:
     torch.cuda.synchronize()
     row['peak_mib'] = round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
     del kept
-    row['host_us'] = round(host_us(steps[0]), 1)
+    row['host_us'] = round(min(host_us(steps[0])), 1)
     try:
         row['graph_ms'] = round(graph_ms(steps, repeats), 4)
     except Exception as error:
@@ -232,13 +239,13 @@ def measure(case: Case, args: argparse.Namespace, bandwidth: float) -> list[dict
         One row per pass and implementation, ours first.
     """
     torch._dynamo.reset()  # the recompilation limit counts over all shapes
-    dtype, gpu = _DTYPES[args.dtype], args.device.startswith('cuda')
+    dtype, gpu = DTYPES[args.dtype], args.device.startswith('cuda')
     batch = case.dims['B'] if gpu else max(1, case.dims['B'] // _CPU_BATCH_SHRINK)
     sets = [make_inputs(case, args.device, dtype, seed, batch) for seed in range(_INPUT_SETS if gpu else 1)]
     share = batch / case.dims['B'] * dtype.itemsize / 2
     passes = {'fwd': (_forward, case.bytes_forward)}
     if args.backward and case.bytes_backward:
-        passes['fwd+bwd'] = (_forward_backward, case.bytes_forward + case.bytes_backward)
+        passes['fwd+bwd'] = (forward_backward, case.bytes_forward + case.bytes_backward)
     ops, found = _implementations(case, args.peers), []
     for what, (make, moved) in passes.items():
         head = {'op': case.op, 'shape': case.shape, 'dims': {**case.dims, 'B': batch}}
@@ -296,7 +303,7 @@ def bench_kernels(args: argparse.Namespace) -> dict:
             result['results'] += rows
             _print(case, rows)
             if gpu:
-                found = errors(case, args.device, _DTYPES[args.dtype], args.backward and case.bytes_backward > 0)
+                found = errors(case, args.device, DTYPES[args.dtype], args.backward and case.bytes_backward > 0)
                 result['relative_rms'].append({'op': case.op, 'shape': case.shape, **found})
                 print('  relative RMS error:', found, flush=True)
         except ZooError:

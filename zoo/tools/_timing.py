@@ -119,22 +119,27 @@ def graph_ms(steps: list[Step], repeats: int) -> float:
     return statistics.median(timer(graph.replay) for _ in range(repeats)) / len(steps)
 
 
-def host_us(step: Step, calls: int = 20) -> float:
-    """Microseconds that the host needs to enqueue one CUDA call, the device's work not waited for.
+def host_us(step: Step, calls: int = 20, rounds: int = 3, device: str = 'cuda') -> list[float]:
+    """Microseconds that the host needs to enqueue one call, the device's work not waited for.
 
     Args:
         step: what to call; few enough kernels that `calls` times as many fit the queue.
-        calls: how often.
+        calls: in a round; the device is waited for in between.
+        rounds: how many times are measured.
+        device: where it runs; on a CPU the work itself is in the time.
+
+    Returns:
+        Microseconds per call of every round.
     """
     times = []
-    for _ in range(3):
-        torch.cuda.synchronize()
+    for _ in range(rounds):
+        sync(device)
         start = time.perf_counter()
         for _ in range(calls):
             step()
         times.append((time.perf_counter() - start) / calls * 1e6)
-    torch.cuda.synchronize()
-    return min(times)
+    sync(device)
+    return times
 
 
 def write_json(path: Path | None, result: dict) -> None:

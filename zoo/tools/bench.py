@@ -16,6 +16,7 @@ from zoo.tools._bench_detect import add_arguments as add_detect_arguments
 from zoo.tools._bench_detect import bench_detect
 from zoo.tools._bench_kernels import add_arguments as add_kernel_arguments
 from zoo.tools._bench_kernels import bench_kernels
+from zoo.tools._bench_launch import bench_launch
 from zoo.tools._bench_models import NATIVE, bench_models
 from zoo.tools._bench_unet import add_arguments as add_unet_arguments
 from zoo.tools._bench_unet import bench_unet
@@ -111,7 +112,8 @@ def cli_bench(argv: list[str]) -> int:
     changing = args.what == 'detect' or getattr(args, 'end_to_end', None)
     torch.backends.cudnn.benchmark = (gpu and not changing) or tuned
     try:
-        result = _VERBS[args.what](args)
+        run = bench_launch if getattr(args, 'launch', False) else _VERBS[args.what]
+        result = run(args)
     finally:
         torch.set_num_threads(threads)
         torch.backends.cudnn.benchmark = tuned
