@@ -8,11 +8,13 @@ FLOP counters, meta tensors, functorch transforms and forward-mode AD the custom
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
 _PLAIN = (Tensor, Parameter)
@@ -78,3 +80,30 @@ class Op:
                     # A backward pass that is itself recorded: the custom op refuses to be differentiated.
                     return self.custom(*args) if self._function is None else self._function(*args)
         return self._forward(*args)
+
+
+class InplaceOp:
+    """A kernel's host code that overwrites some of its arguments and has no gradient.
+
+    Args:
+        name: qualified name of the custom op.
+        forward: as for `Op`.
+        fake: shapes and dtypes of its results.
+        mutates: names of the arguments that are overwritten.
+    """
+
+    def __init__(self, name: str, forward: Callable, fake: Callable, *mutates: str):
+        self._forward = forward
+        self.custom = torch.library.custom_op(name, forward, mutates_args=mutates)
+        self.custom.register_fake(fake)
+        names = list(inspect.signature(forward).parameters)
+        self._places = [names.index(name) for name in mutates]
+
+    def __call__(self, *args):
+        if not plain_eager(args[0]):
+            return self.custom(*args)
+        result = self._forward(*args)
+        for place in self._places:  # a backward pass that has kept the old numbers must notice
+            if not args[place].is_inference():
+                increment_version(args[place])
+        return result

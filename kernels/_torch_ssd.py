@@ -70,6 +70,11 @@ def export_ssd(x, dt, A, B, C, D, initial_state):
 
 def ssd_step(x, dt, A, B, C, state, D):
     """One token: y (B, H, P) in x's dtype and the new state (B, H, P, N)."""
+    with torch.autocast(x.device.type, enabled=False):
+        return _step(x, dt, A, B, C, state, D)
+
+
+def _step(x, dt, A, B, C, state, D):
     xs, dts, Bs, Cs = (t.to(state.dtype) for t in (x, dt, B, C))
     decay = (dts * A.to(state.dtype)).exp()[..., None, None]
     write = _by_group((xs * dts.unsqueeze(-1)).unsqueeze(-1), B.shape[1]) * Bs[:, :, None, None, :]
@@ -87,10 +92,15 @@ def ssd_step_(x, dt, A, B, C, state, D):
 
 def ssd_step_bwd(x, dt, A, B, C, state, D, dy, dnew):
     """Gradients of x, dt, A, B, C, state and D (or None)."""
+    with torch.autocast(x.device.type, enabled=False):
+        return _step_backward(x, dt, A, B, C, state, D, dy, dnew)
+
+
+def _step_backward(x, dt, A, B, C, state, D, dy, dnew):
     dtype = state.dtype
     xs, dts, rate, Bs, Cs, dys = (t.to(dtype) for t in (x, dt, A, B, C, dy))
     decay = (dts * rate).exp()
-    new = ssd_step(xs, dts, rate, Bs, Cs, state, None)[1]
+    new = _step(xs, dts, rate, Bs, Cs, state, None)[1]
     dys_c = _by_group(dys, C.shape[1]).unsqueeze(-1)
     dstate = dnew + (dys_c * Cs[:, :, None, None, :]).flatten(1, 2)
     dC = (dys_c * _by_group(new, C.shape[1])).sum((2, 3))

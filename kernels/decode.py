@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 from zoo.kernels import _dispatch
-from zoo.kernels._op import Op
+from zoo.kernels._op import InplaceOp, Op
 from zoo.kernels.causal_conv import causal_conv_step_
 
 __all__ = [
@@ -128,8 +128,7 @@ def token_swiglu(x: Tensor, w1: Tensor, w3: Tensor) -> Tensor:
     return F.silu(F.linear(x, w1)) * F.linear(x, w3)
 
 
-@torch.library.custom_op('zoo::token_projections_', mutates_args=('conv_state',))
-def _projections_op(
+def _projections(
     x: Tensor,
     weights: list[Tensor],
     biases: list[Tensor | None],
@@ -140,9 +139,11 @@ def _projections_op(
     return _dispatch.triton_module('decode').projections_(x, weights, biases, conv_weight, conv_bias, conv_state)
 
 
-@_projections_op.register_fake
-def _(x, weights, biases, conv_weight, conv_bias, conv_state):
+def _projections_fake(x, weights, biases, conv_weight, conv_bias, conv_state):
     return x.new_empty(x.shape[0], sum(w.shape[0] for w in weights))
+
+
+_projections_op = InplaceOp('zoo::token_projections_', _projections, _projections_fake, 'conv_state')
 
 
 def token_projections_(
@@ -216,8 +217,7 @@ def naive_mamba2_step(
     return (y * gate * gate.sigmoid()).to(mixed.dtype), new
 
 
-@torch.library.custom_op('zoo::mamba2_step_', mutates_args=('state',))
-def _mamba2_op(
+def _mamba2_step(
     mixed: Tensor,
     state: Tensor,
     dt_bias: Tensor,
@@ -230,9 +230,9 @@ def _mamba2_op(
     return _dispatch.triton_module('decode').mamba2_step_(mixed, state, dt_bias, A_log, D, norm_weight, eps, kv_heads)
 
 
-@_mamba2_op.register_fake
-def _(mixed, state, dt_bias, A_log, D, norm_weight, eps, kv_heads):
-    return mixed.new_empty(state.shape[:3])
+_mamba2_op = InplaceOp(
+    'zoo::mamba2_step_', _mamba2_step, lambda mixed, state, *_: mixed.new_empty(state.shape[:3]), 'state'
+)
 
 
 def mamba2_step_(
@@ -290,16 +290,17 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (torch.cat((a, b), -1) * cos.to(wide) + torch.cat((-b, a), -1) * sin.to(wide)).to(x.dtype)
 
 
-@torch.library.custom_op('zoo::rotate_and_store_', mutates_args=('keys', 'values'))
-def _rotate_op(
+def _rotate(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, place: Tensor
 ) -> Tensor:
     return _dispatch.triton_module('decode_attention').rotate_and_store_(q, k, v, cos, sin, keys, values, place)
 
 
-@_rotate_op.register_fake
-def _(q, k, v, cos, sin, keys, values, place):
+def _rotate_fake(q, k, v, cos, sin, keys, values, place):
     return q.new_empty(q.shape[0], q.shape[1] * q.shape[2], q.shape[3])
+
+
+_rotate_op = InplaceOp('zoo::rotate_and_store_', _rotate, _rotate_fake, 'keys', 'values')
 
 
 def rotate_and_store_(

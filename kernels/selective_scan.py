@@ -24,11 +24,14 @@ counted as the matrix product it is.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 from zoo.kernels import _dispatch, _torch_selective_scan
+from zoo.kernels._op import Op
 
 __all__ = ['naive_selective_scan', 'naive_selective_scan_2d', 'selective_scan', 'selective_scan_2d']
 
@@ -100,8 +103,7 @@ def naive_selective_scan_2d(
 # Custom ops. Optional results are empty tensors inside the ops: `Tensor | None` in a returned tuple is not supported.
 
 
-@torch.library.custom_op('zoo::selective_scan', mutates_args=())
-def _scan_op(
+def _scan_forward(
     u: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -116,13 +118,11 @@ def _scan_op(
     return _laid_out_like(u, path.selective_scan_fwd(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse))
 
 
-@_scan_op.register_fake
-def _(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse):
+def _scan_fake(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse):
     return torch.empty_like(u)
 
 
-@torch.library.custom_op('zoo::selective_scan_backward', mutates_args=())
-def _scan_backward_op(
+def _scan_backward(
     u: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -140,8 +140,7 @@ def _scan_backward_op(
     return tuple(u.new_empty(0) if x is None else _laid_out_like(x, grad) for x, grad in zip(inputs, grads))
 
 
-@_scan_backward_op.register_fake
-def _(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse, dy):
+def _scan_backward_fake(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse, dy):
     return tuple(u.new_empty(0) if x is None else torch.empty_like(x) for x in (u, delta, A, B, C, D, delta_bias))
 
 
@@ -150,17 +149,17 @@ def _scan_setup(ctx, inputs, output):
     ctx.save_for_backward(*tensors)
 
 
-def _scan_backward(ctx, dy):
+def _scan_gradients(ctx, dy):
     saved = ctx.saved_tensors
     grads = _scan_backward_op(*saved, ctx.delta_softplus, ctx.reverse, dy)
     return *(None if x is None else grad for x, grad in zip(saved, grads)), None, None
 
 
-_scan_op.register_autograd(_scan_backward, setup_context=_scan_setup)
+_scan_backward_op = Op('zoo::selective_scan_backward', _scan_backward, _scan_backward_fake)
+_scan_op = Op('zoo::selective_scan', _scan_forward, _scan_fake, _scan_setup, _scan_gradients)
 
 
-@torch.library.custom_op('zoo::selective_scan_2d', mutates_args=())
-def _scan_2d_op(
+def _scan_2d_forward(
     x: Tensor, p: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, directions: int
 ) -> Tensor:
     return (
@@ -170,13 +169,11 @@ def _scan_2d_op(
     )
 
 
-@_scan_2d_op.register_fake
-def _(x, p, dt_weight, dt_bias, A, D, directions):
+def _scan_2d_fake(x, p, dt_weight, dt_bias, A, D, directions):
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op('zoo::selective_scan_2d_backward', mutates_args=())
-def _scan_2d_backward_op(
+def _scan_2d_backward(
     x: Tensor, p: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, directions: int, dy: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     path = _implementation(x, A, dt_weight.shape[2])
@@ -184,8 +181,7 @@ def _scan_2d_backward_op(
     return tuple(grad.contiguous() for grad in grads)
 
 
-@_scan_2d_backward_op.register_fake
-def _(x, p, dt_weight, dt_bias, A, D, directions, dy):
+def _scan_2d_backward_fake(x, p, dt_weight, dt_bias, A, D, directions, dy):
     return tuple(t.new_empty(t.shape) for t in (x, p, dt_weight, dt_bias, A, D))
 
 
@@ -194,17 +190,24 @@ def _scan_2d_setup(ctx, inputs, output):
     ctx.save_for_backward(*tensors)
 
 
-def _scan_2d_backward(ctx, dy):
+def _scan_2d_gradients(ctx, dy):
     return *_scan_2d_backward_op(*ctx.saved_tensors, ctx.directions, dy), None
 
 
-_scan_2d_op.register_autograd(_scan_2d_backward, setup_context=_scan_2d_setup)
+_scan_2d_backward_op = Op('zoo::selective_scan_2d_backward', _scan_2d_backward, _scan_2d_backward_fake)
+_scan_2d_op = Op('zoo::selective_scan_2d', _scan_2d_forward, _scan_2d_fake, _scan_2d_setup, _scan_2d_gradients)
+
+
+@functools.lru_cache(1024)
+def _dense_strides(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of `torch.empty_like` for a tensor of these."""
+    return torch.empty_like(torch.empty_strided(shape, stride, device='meta')).stride()
 
 
 def _laid_out_like(like: Tensor, x: Tensor) -> Tensor:
     """x in the memory layout of `like`, which the fake kernels promise; most implementations give it as it is."""
-    expected = torch.empty_like(like, device='meta')
-    return x if x.stride() == expected.stride() else torch.empty_like(like).copy_(x)
+    fits = x.stride() == _dense_strides(like.shape, like.stride())
+    return x if fits else torch.empty_like(like).copy_(x)
 
 
 def _implementation(u: Tensor, A: Tensor, rank: int = 0):

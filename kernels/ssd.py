@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 from zoo.kernels import _dispatch, _torch_ssd
+from zoo.kernels._op import InplaceOp, Op
 from zoo.kernels._torch_gla import checked_cuts
 
 __all__ = ['naive_ssd', 'ssd', 'ssd_step', 'ssd_step_']
@@ -72,8 +73,7 @@ def naive_ssd(
 # Custom ops. Optional results are empty tensors inside the ops: `Tensor | None` in a returned tuple is not supported.
 
 
-@torch.library.custom_op('zoo::ssd', mutates_args=())
-def _ssd_op(
+def _ssd_forward(
     x: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -89,8 +89,7 @@ def _ssd_op(
     return y, x.new_empty(0) if state is None else state
 
 
-@_ssd_op.register_fake
-def _(x, dt, A, B, C, D, initial_state, output_final_state, cu_seqlens):
+def _ssd_fake(x, dt, A, B, C, D, initial_state, output_final_state, cu_seqlens):
     if not output_final_state:
         return x.new_empty(x.shape), x.new_empty(0)
     sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -98,8 +97,7 @@ def _(x, dt, A, B, C, D, initial_state, output_final_state, cu_seqlens):
     return x.new_empty(x.shape), x.new_empty(shape, dtype=_state_dtype(x))
 
 
-@torch.library.custom_op('zoo::ssd_backward', mutates_args=())
-def _ssd_backward_op(
+def _ssd_backward(
     x: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -115,8 +113,7 @@ def _ssd_backward_op(
     return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
 
 
-@_ssd_backward_op.register_fake
-def _(x, dt, A, B, C, D, initial_state, dy, dfinal, cu_seqlens):
+def _ssd_backward_fake(x, dt, A, B, C, D, initial_state, dy, dfinal, cu_seqlens):
     return tuple(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (x, dt, A, B, C, D, initial_state))
 
 
@@ -124,9 +121,10 @@ def _ssd_setup(ctx, inputs, output):
     *tensors, output_final_state, cu_seqlens = inputs
     ctx.save_for_backward(*tensors, cu_seqlens)
     ctx.has_final = output_final_state
+    ctx.set_materialize_grads(False)
 
 
-def _ssd_backward(ctx, dy, dfinal):
+def _ssd_gradients(ctx, dy, dfinal):
     x, dt, A, B, C, D, initial_state, cu_seqlens = ctx.saved_tensors
     dy = torch.zeros_like(x) if dy is None else dy
     dfinal = dfinal if ctx.has_final else None
@@ -134,23 +132,21 @@ def _ssd_backward(ctx, dy, dfinal):
     return *grads, None if D is None else dD, None if initial_state is None else dinitial, None, None
 
 
-_ssd_op.register_autograd(_ssd_backward, setup_context=_ssd_setup)
+_ssd_backward_op = Op('zoo::ssd_backward', _ssd_backward, _ssd_backward_fake)
+_ssd_op = Op('zoo::ssd', _ssd_forward, _ssd_fake, _ssd_setup, _ssd_gradients)
 
 
-@torch.library.custom_op('zoo::ssd_step', mutates_args=())
-def _step_op(
+def _step_forward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, D: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     return _implementation(x, dt, B).ssd_step(x, dt, A, B, C, state, D)
 
 
-@_step_op.register_fake
-def _(x, dt, A, B, C, state, D):
+def _step_fake(x, dt, A, B, C, state, D):
     return x.new_empty(x.shape), state.new_empty(state.shape)
 
 
-@torch.library.custom_op('zoo::ssd_step_backward', mutates_args=())
-def _step_backward_op(
+def _step_backward(
     x: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -165,16 +161,16 @@ def _step_backward_op(
     return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
 
 
-@_step_backward_op.register_fake
-def _(x, dt, A, B, C, state, D, dy, dnew):
+def _step_backward_fake(x, dt, A, B, C, state, D, dy, dnew):
     return tuple(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (x, dt, A, B, C, state, D))
 
 
 def _step_setup(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
+    ctx.set_materialize_grads(False)
 
 
-def _step_backward(ctx, dy, dnew):
+def _step_gradients(ctx, dy, dnew):
     x, *rest, state, D = ctx.saved_tensors
     dy = torch.zeros_like(x) if dy is None else dy
     dnew = torch.zeros_like(state) if dnew is None else dnew
@@ -182,17 +178,15 @@ def _step_backward(ctx, dy, dnew):
     return *grads, None if D is None else dD
 
 
-_step_op.register_autograd(_step_backward, setup_context=_step_setup)
+_step_backward_op = Op('zoo::ssd_step_backward', _step_backward, _step_backward_fake)
+_step_op = Op('zoo::ssd_step', _step_forward, _step_fake, _step_setup, _step_gradients)
 
 
-@torch.library.custom_op('zoo::ssd_step_', mutates_args=('state',))
-def _step_inplace_op(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, D: Tensor | None) -> Tensor:
+def _step_inplace(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, D: Tensor | None) -> Tensor:
     return _implementation(x, dt, B).ssd_step_(x, dt, A, B, C, state, D)
 
 
-@_step_inplace_op.register_fake
-def _(x, dt, A, B, C, state, D):
-    return x.new_empty(x.shape)
+_step_inplace_op = InplaceOp('zoo::ssd_step_', _step_inplace, lambda x, *_: x.new_empty(x.shape), 'state')
 
 
 def _implementation(x: Tensor, dt: Tensor, B: Tensor):

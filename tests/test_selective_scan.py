@@ -224,13 +224,13 @@ def test_errors_name_the_argument():
 
 def test_opcheck():
     tensors = leaves(make_sequences(2, 6, 10, 2), torch.float32)
-    torch.library.opcheck(family._scan_op, (*tensors, True, True))
-    torch.library.opcheck(family._scan_op, (*tensors[:5], None, None, False, False))
+    torch.library.opcheck(family._scan_op.custom, (*tensors, True, True))
+    torch.library.opcheck(family._scan_op.custom, (*tensors[:5], None, None, False, False))
     x, x_proj, dt_proj, bias, A_logs, Ds = leaves(make_map(2, 6, 3, 4), torch.float32)
     pixels = x.detach().permute(0, 2, 3, 1).contiguous().requires_grad_()
     p = torch.nn.functional.linear(pixels.detach(), x_proj.detach().flatten(0, 1)).requires_grad_()
     A = (-A_logs.detach().exp()).requires_grad_()
-    torch.library.opcheck(family._scan_2d_op, (pixels, p, dt_proj, bias, A, Ds, 2))
+    torch.library.opcheck(family._scan_2d_op.custom, (pixels, p, dt_proj, bias, A, Ds, 2))
 
 
 def test_autocast_does_not_reach_inside():

@@ -228,19 +228,23 @@ def test_errors_name_the_argument():
 
 def test_opcheck():
     x, dt, A, B, C, D, state = leaves(make_inputs(2, 20, 4, 2, 8, 8))
-    torch.library.opcheck(module._ssd_op, (x, dt, A, B, C, D, state, True, None))
-    torch.library.opcheck(module._ssd_op, (x, dt, A, B, C, None, None, False, None))
+    torch.library.opcheck(module._ssd_op.custom, (x, dt, A, B, C, D, state, True, None))
+    torch.library.opcheck(module._ssd_op.custom, (x, dt, A, B, C, None, None, False, None))
     x, dt, B, C = (t.detach()[:, 0].clone() for t in (x, dt, B, C))
     A, D, state = A.detach(), D.detach(), state.detach()
-    torch.library.opcheck(module._step_inplace_op, (x, dt, A, B, C, state, D))
-    torch.library.opcheck(module._step_op, leaves([x, dt, A, B, C, state, D]))
+    torch.library.opcheck(module._step_inplace_op.custom, (x, dt, A, B, C, state, D))
+    torch.library.opcheck(module._step_op.custom, leaves([x, dt, A, B, C, state, D]))
 
 
 def test_autocast_does_not_reach_inside():
     tensors = make_inputs(1, 40, 2, 1, 8, 8)
-    expected = call(ssd, tensors)
+    x, dt, A, B, C, D, state = tensors
+    token = x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], state
+    expected, expected_step = call(ssd, tensors), ssd_step(*token, D=D)
     with torch.autocast('cpu', torch.bfloat16):
         assert all(map(torch.equal, call(ssd, tensors), expected))
+        assert all(map(torch.equal, ssd_step(*token, D=D), expected_step))
+        assert torch.equal(ssd_step_(*token[:5], state.clone(), D=D), expected_step[0])
 
 
 def test_flops_count_the_recurrence():
