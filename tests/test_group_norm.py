@@ -39,7 +39,9 @@ def results(backend, x, weight, bias, dtype, **options):
 def launches(request, monkeypatch):
     """Small images as the whole of a program, and as large ones."""
     kernels = _dispatch.triton_module('group_norm')
-    monkeypatch.setattr(kernels, '_plans', {})
+    from zoo.kernels._triton import _common
+
+    monkeypatch.setattr(_common, '_plans', {})
     if request.param == 'three launches':
         monkeypatch.setattr(kernels, 'SMALL', 0)
 

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip('triton')
 INTERPRETING = os.environ.get('TRITON_INTERPRET') == '1'
@@ -27,7 +28,9 @@ def test_in_interpreter():
 inner = pytest.mark.skipif(not INTERPRETING, reason='runs inside test_in_interpreter')
 if INTERPRETING:
     from zoo.kernels import ssd as op
-    from zoo.kernels._triton import ssd
+    from zoo.kernels._triton import _common, ssd
+
+    import zoo
 
 NAMES = ('y', 'final', 'dx', 'ddt', 'dA', 'dB', 'dC', 'dD', 'dinitial')
 CASES = [  # B, T, H, groups of B, of C, P, N, decays, cu_seqlens, D and initial state, dtype, chunks in a segment
@@ -92,7 +95,7 @@ def test_against_recurrence(case, monkeypatch):
 
     monkeypatch.setattr(ssd, 'LEAST_CHUNKS', chunks)
     monkeypatch.setattr(ssd, 'WORK', 1 << 30)
-    ssd._plans.clear()
+    monkeypatch.setattr(_common, '_plans', {})
     plain = torch.empty
     poison = lambda t: t.fill_(torch.nan) if t.is_floating_point() else t.fill_(-7)  # noqa: E731
     monkeypatch.setattr(torch, 'empty', lambda *a, **kw: poison(plain(*a, **kw)))
@@ -117,7 +120,38 @@ def test_step(groups):
     A, D, state = (t.detach().float() for t in (A, D, init))
     y, new = ssd.ssd_step(x, dt, A, B, C, state, D)
     assert rms(y, expected[:, 0].detach()) < 1e-6 and rms(new, expected_state.detach()) < 1e-6
+    old = state.clone()
     assert torch.equal(ssd.ssd_step_(x, dt, A, B, C, state, D), y) and torch.equal(state, new)
+    with zoo.kernel_backend('triton'):
+        state.copy_(old)
+        version = state._version
+        assert torch.equal(op.ssd_step_(x, dt, A, B, C, state, D=D), y) and torch.equal(state, new)
+        assert state._version > version  # autograd learns of it although no operator of PyTorch wrote
+        with torch.inference_mode():
+            state = old.clone()
+            assert torch.equal(op.ssd_step_(x, dt, A, B, C, state, D=D), y) and torch.equal(state, new)
+
+
+@inner
+def test_public_op_and_its_gradients():
+    """The short way in against the custom op, which is taken under a mode such as the FLOP counter."""
+    x, dt, A, B, C, D, init, dy, _ = inputs(2, 20, 2, 1, 2, 16, 16, 'mild', None, True, torch.float32)
+    tensors = [t.detach().float().requires_grad_() for t in (x, dt, A, B, C, D, init)]
+
+    def loss(x, dt, A, B, C, D, init):
+        y, final = op.ssd(x, dt, A, B, C, D=D, initial_state=init, output_final_state=True)
+        return (y * dy.float()).sum() + final.square().sum()
+
+    with zoo.kernel_backend('triton'):
+        grads = torch.autograd.grad(loss(*tensors), tensors)
+        with FlopCounterMode(display=False) as counter:
+            counted = torch.autograd.grad(loss(*tensors), tensors)
+        assert all(map(torch.equal, grads, counted)) and counter.get_total_flops() == 3 * 6 * 2 * 20 * 2 * 16 * 16
+        for absent in (5, 6):  # optional arguments, and a result that nobody uses
+            some = [None if i == absent else t for i, t in enumerate(tensors)]
+            y, final = op.ssd(*some[:5], D=some[5], initial_state=some[6], output_final_state=True)
+            leaves = [t for t in some if t is not None]
+            assert all(g.shape == t.shape for g, t in zip(torch.autograd.grad(final.sum(), leaves), leaves))
 
 
 @inner

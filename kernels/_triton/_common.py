@@ -231,6 +231,29 @@ def aligned(*tensors: torch.Tensor | None) -> bool:
     return ends % 16 == 0
 
 
+_plans: dict[tuple, object] = {}
+
+
+def plan(kind: type, options: tuple, *tensors: torch.Tensor | None):
+    """`kind(*options, *tensors)`, made once per options, shapes, strides and types: most of a pass's Python.
+
+    Args:
+        kind: what holds the launches of a pass.
+        options: numbers and types on which they depend too.
+        tensors: the pass's arguments, None where absent, all on the first one's device.
+    """
+    key = [kind, options, tensors[0].device]
+    for x in tensors:
+        key += (None,) if x is None else (x.shape, x.dtype, x.stride())
+    key = tuple(key)
+    found = _plans.get(key)
+    if found is None:
+        if len(_plans) > 4096:
+            _plans.clear()
+        found = _plans[key] = kind(*options, *tensors)
+    return found
+
+
 def launch(
     kernel,
     grid: tuple,

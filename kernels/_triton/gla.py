@@ -18,6 +18,7 @@ from zoo.kernels._triton._common import (
     interpreting,
     next_power,
     on_device_of_first,
+    plan,
     start,
 )
 from zoo.kernels._triton.gla_chunks import gla_bwd_kernel_chunk, gla_fwd_kernel_out
@@ -33,7 +34,6 @@ SAFE_PARTS, SAFE_WARPS = 4, 1  # the sweep's safe form: pieces of a chunk, warps
 SAFE_GROUP = 8  # chunks that one program of the safe backward form looks at
 LIMIT = -100.0  # log 2 of the smallest gate product inside a chunk that the fast form takes
 
-_plans: dict[tuple, Plan] = {}
 _compiled: dict[tuple, object] = {}
 _codes: dict[tuple, int] = {}
 
@@ -102,7 +102,7 @@ def _rows(x: torch.Tensor | None) -> torch.Tensor | None:
 class Plan:
     """All that follows from shapes, types and strides: sizes, grids and constants of every launch of one pass."""
 
-    def __init__(self, q, k, v, gf, gb, do, init, dinit, N, dirs, varlen, final):
+    def __init__(self, N, dirs, varlen, final, q, k, v, gf, gb, do, init, dinit):
         B, T, H, K = q.shape
         V = v.shape[-1]
         g = gf if gf is not None else gb
@@ -169,22 +169,6 @@ class Plan:
         return {'PARTS': parts, 'BT': rows, 'LEVELS': rows.bit_length() - 1}
 
 
-def _plan(q, k, v, gf, gb, do, init, dinit, cu_seqlens, dirs, final) -> Plan:
-    """The plan of these arguments, made once: it costs more Python than the launches."""
-    N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    key = (
-        q.shape, v.shape[-1], q.dtype, q.device, q.stride(), k.stride(), v.stride(), do is not None and do.stride(),
-        None if gf is None else (gf.stride(), gf.dtype), None if gb is None else (gb.stride(), gb.dtype),
-        init is None, dinit is None, N, cu_seqlens is None, dirs, final,
-    )  # fmt: skip
-    plan = _plans.get(key)
-    if plan is None:
-        if len(_plans) > 1024:
-            _plans.clear()
-        plan = _plans[key] = Plan(q, k, v, gf, gb, do, init, dinit, N, dirs, cu_seqlens is not None, final)
-    return plan
-
-
 def _launch(kernel, code: tuple, grid: tuple, args: list, consts: dict, options: dict, run: bool = True) -> None:
     """Run a kernel, or only compile it; from the second time on past Triton's own look-up, most of a launch's time."""
     found = _compiled.get(code)  # never there in the interpreter
@@ -213,66 +197,68 @@ class _Run:
         if gb is not None and gb.dim() == 4:
             gb = _rows(gb)
         q, k, v, do = _rows(q), _rows(k), _rows(v), _rows(do)
-        self.plan = plan = _plan(q, k, v, gf, gb, do, init, dinit, cu_seqlens, dirs, final)
+        N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        options = N, dirs, cu_seqlens is not None, final
+        self.plan = steps = plan(Plan, options, q, k, v, gf, gb, do, init, dinit)
         device = q.device
         self.q, self.k, self.v, self.do = q, k, v, v if do is None else do
         self.gf = gf if gf is not None else gb if gb is not None else q
         self.gb = gb if gb is not None else self.gf
         self.init = q if init is None else init
         self.dinit = q if dinit is None else dinit
-        self.ints = [*plan.ints, float(scale), *plan.sizes]
+        self.ints = [*steps.ints, float(scale), *steps.sizes]
         ends = q.data_ptr() | k.data_ptr() | v.data_ptr() | self.do.data_ptr() | self.gf.data_ptr() | self.gb.data_ptr()
         ends |= self.init.data_ptr() | self.dinit.data_ptr()
-        self.code = plan.codes[ends % 16 == 0]
+        self.code = steps.codes[ends % 16 == 0]
 
-        self.states = torch.empty(plan.state_shape, dtype=plan.state_dtype, device=device)
+        self.states = torch.empty(steps.state_shape, dtype=steps.state_dtype, device=device)
         self.totals = self.prefix = self.seg_state = self.seg_total = q
-        if plan.gate and not plan.sweep:
-            self.totals, self.prefix = torch.empty(plan.total_shape, dtype=torch.float32, device=device)
+        if steps.gate and not steps.sweep:
+            self.totals, self.prefix = torch.empty(steps.total_shape, dtype=torch.float32, device=device)
         # The kernels' code must not depend on whether there are several segments: same types in both cases.
-        if plan.several:
-            self.seg_state = torch.empty(plan.seg_shape, dtype=torch.float32, device=device)
-            self.seg_total = torch.empty((plan.seg_shape[0], plan.cfg.bk), dtype=torch.float32, device=device)
+        if steps.several:
+            self.seg_state = torch.empty(steps.seg_shape, dtype=torch.float32, device=device)
+            self.seg_total = torch.empty((steps.seg_shape[0], steps.cfg.bk), dtype=torch.float32, device=device)
         else:
             self.seg_state = self.seg_total = _nothing(device)
         self.chunks = self.segs = self.spans = q
-        if plan.varlen:
-            self.chunks = torch.full((plan.n_chunks, 4), -1, dtype=torch.int32, device=device)
-            self.segs = torch.full((plan.n_segs, 4), -1, dtype=torch.int32, device=device)
-            self.spans = torch.empty((plan.N, 2), dtype=torch.int32, device=device)
-            gla_kernel_table[(plan.N,)](cu_seqlens, self.chunks, self.segs, self.spans, plan.N, plan.cps,
-                                        BT=plan.cfg.bt, BN=128, num_warps=1)  # fmt: skip
+        if steps.varlen:
+            self.chunks = torch.full((steps.n_chunks, 4), -1, dtype=torch.int32, device=device)
+            self.segs = torch.full((steps.n_segs, 4), -1, dtype=torch.int32, device=device)
+            self.spans = torch.empty((steps.N, 2), dtype=torch.int32, device=device)
+            gla_kernel_table[(steps.N,)](cu_seqlens, self.chunks, self.segs, self.spans, steps.N, steps.cps,
+                                        BT=steps.cfg.bt, BN=128, num_warps=1)  # fmt: skip
 
     def run_states(self, final: torch.Tensor | None) -> None:
         """Fill the states, and `final` with the state (or in a backward pass its gradient) past the last token."""
-        plan, q = self.plan, self.q
+        steps, q = self.plan, self.q
         final = q if final is None else final
         # What only longer sequences run is compiled now, so that a later call with another T compiles nothing.
         code = ('states', self.code)
-        if plan.several or not plan.sweep or code not in _compiled:
+        if steps.several or not steps.sweep or code not in _compiled:
             args = [q, self.k, self.v, self.do, self.gf, self.gb, self.states, self.totals, self.prefix,
                     self.seg_state, self.seg_total, self.init, self.dinit, final, self.segs, *self.ints]  # fmt: skip
-            _launch(gla_kernel_states, code, plan.grid_states, args, plan.consts, plan.cfg.states,
-                    plan.several or not plan.sweep)  # fmt: skip
+            _launch(gla_kernel_states, code, steps.grid_states, args, steps.consts, steps.cfg.states,
+                    steps.several or not steps.sweep)  # fmt: skip
         code = ('scan', self.code)
-        if plan.several or code not in _compiled:
-            args = [self.seg_state, self.seg_total, self.init, self.dinit, final, self.spans, plan.sizes[3],
-                    plan.n_segs, plan.H]  # fmt: skip
-            _launch(gla_kernel_scan, code, plan.grid_scan, args, plan.scan_consts, {'num_warps': 1}, plan.several)
+        if steps.several or code not in _compiled:
+            args = [self.seg_state, self.seg_total, self.init, self.dinit, final, self.spans, steps.sizes[3],
+                    steps.n_segs, steps.H]  # fmt: skip
+            _launch(gla_kernel_scan, code, steps.grid_scan, args, steps.scan_consts, {'num_warps': 1}, steps.several)
 
     def run_chunks(self, name: str, kernel, grid: tuple | None, tensors: list) -> None:
         """The launches of a kernel that comes in a fast and a safe form; no grid stands for groups of chunks."""
-        plan = self.plan
+        steps = self.plan
         args = [*tensors, *self.ints]
-        for safe in plan.forms:
+        for safe in steps.forms:
             code = (name, safe, self.code)
-            group = SAFE_GROUP if safe else plan.cfg.group
+            group = SAFE_GROUP if safe else steps.cfg.group
             consts = {}
             if code not in _compiled:
-                consts = plan.consts | {'SAFE': safe, 'GROUP': group, 'STAGES': 1 if safe else plan.cfg.ahead}
-                consts |= plan.parts(safe)
-            size = grid if grid else (ceil_div(plan.n_chunks, group) * plan.H, 1, 1)
-            options = _options(SAFE_WARPS, 3) if safe and plan.sweep else plan.cfg.chunks
+                consts = steps.consts | {'SAFE': safe, 'GROUP': group, 'STAGES': 1 if safe else steps.cfg.ahead}
+                consts |= steps.parts(safe)
+            size = grid if grid else (ceil_div(steps.n_chunks, group) * steps.H, 1, 1)
+            options = _options(SAFE_WARPS, 3) if safe and steps.sweep else steps.cfg.chunks
             _launch(kernel, code, size, args, consts, options)
 
 
@@ -284,18 +270,18 @@ def _nothing(device: torch.device) -> torch.Tensor:
 @on_device_of_first
 def _forward(q, k, v, gf, gb, scale, init, output_final_state, cu_seqlens, dirs):
     run = _Run(q, k, v, gf, gb, scale, init, cu_seqlens, dirs, output_final_state)
-    plan = run.plan
-    o = torch.empty(plan.out_shape, dtype=q.dtype, device=q.device)
+    steps = run.plan
+    o = torch.empty(steps.out_shape, dtype=q.dtype, device=q.device)
     final = None
     if output_final_state:
-        final = torch.empty((plan.N, plan.H, q.shape[-1], v.shape[-1]), dtype=torch.float32, device=q.device)
+        final = torch.empty((steps.N, steps.H, q.shape[-1], v.shape[-1]), dtype=torch.float32, device=q.device)
     run.run_states(final)
     tensors = [run.q, run.k, run.v, run.gf, run.gb, o, run.states]
-    if plan.sweep:
-        flags = torch.empty(plan.grid_sweep[0] * plan.grid_sweep[1], dtype=torch.int32, device=q.device)
-        run.run_chunks('sweep', gla_fwd_kernel_sweep, plan.grid_sweep, [*tensors, run.seg_state, flags, run.segs])
+    if steps.sweep:
+        flags = torch.empty(steps.grid_sweep[0] * steps.grid_sweep[1], dtype=torch.int32, device=q.device)
+        run.run_chunks('sweep', gla_fwd_kernel_sweep, steps.grid_sweep, [*tensors, run.seg_state, flags, run.segs])
     else:
-        run.run_chunks('out', gla_fwd_kernel_out, plan.grid_chunks,
+        run.run_chunks('out', gla_fwd_kernel_out, steps.grid_chunks,
                        [*tensors, run.totals, run.prefix, run.seg_state, run.chunks])  # fmt: skip
     return o, final
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from zoo.kernels._triton._common import Launch, aligned, ceil_div, next_power, on_device_of_first, programs
+from zoo.kernels._triton._common import Launch, aligned, ceil_div, next_power, on_device_of_first, plan, programs
 
 _SIZES = ['S', 'per', 'parts', 'units', 'groups', 'size', 'eps']
 
@@ -229,8 +229,8 @@ def tile(C: int) -> tuple[int, int, int]:
 class _Plan:
     """Launches for one set of shapes and types."""
 
-    def __init__(self, shape: tuple[int, ...], groups: int, eps: float, silu: bool, device: torch.device):
-        B, C, H, W = shape
+    def __init__(self, groups: int, eps: float, silu: bool, dtype: torch.dtype, x, *_):
+        (B, C, H, W), device = x.shape, x.device
         S, size = H * W, C // groups
         bt, bc, warps = tile(C)
         unit = next(u for u in (16, 8, 4, 2, 1) if C % u == 0)
@@ -258,27 +258,10 @@ class _Plan:
         self.back = Launch(gn_kernel_gradient, fine, (S, few, units, groups, size), part, warps, 3)
 
 
-_plans: dict[tuple, _Plan] = {}
-
-
-def _plan(x, groups, eps, silu, *types) -> _Plan:
-    key = x.shape, groups, eps, silu, x.device, x.dtype, types
-    found = _plans.get(key)
-    if found is None:
-        if len(_plans) > 1024:
-            _plans.clear()
-        found = _plans[key] = _Plan(x.shape, groups, eps, silu, x.device)
-    return found
-
-
-def _type(x):
-    return None if x is None else x.dtype
-
-
 @on_device_of_first
 def group_norm_fwd(x, groups: int, weight, bias, eps: float, silu: bool, dtype: torch.dtype):
     """y like x in `dtype`; fp32 mean and 1 / standard deviation (B, G)."""
-    steps = _plan(x, groups, eps, silu, dtype, _type(weight), _type(bias))
+    steps = plan(_Plan, (groups, eps, silu, dtype), x, weight, bias)
     fp32 = dict(dtype=torch.float32, device=x.device)
     at_16 = aligned(x, weight, bias)
     if steps.whole is not None:
@@ -299,7 +282,7 @@ def group_norm_fwd(x, groups: int, weight, bias, eps: float, silu: bool, dtype: 
 def group_norm_bwd(x, groups: int, weight, bias, mean, rstd, dy, silu: bool):
     """dx like x; fp32 gradients of weight and bias (C,)."""
     dy = dy.contiguous(memory_format=torch.channels_last)
-    steps = _plan(x, groups, 0.0, silu, dy.dtype, _type(weight), _type(bias))
+    steps = plan(_Plan, (groups, 0.0, silu, dy.dtype), x, weight, bias)
     fp32 = dict(dtype=torch.float32, device=x.device)
     sums, total, means = (torch.empty(n, **fp32) for n in (steps.sums, steps.channels, (*steps.stats, 2)))
     dx, at_16 = torch.empty_like(x), aligned(x, dy, weight, bias)

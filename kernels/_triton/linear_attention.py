@@ -32,6 +32,7 @@ from zoo.kernels._triton._common import (
     load_tile,
     next_power,
     on_device_of_first,
+    plan,
     programs,
     store_tile,
 )
@@ -474,21 +475,6 @@ class _BackwardPlan:
         per = span(T, B * H, cfg.reads.bt, device)
         self.keys = Launch(la_bwd_kernel_keys, (ceil_div(T, per), B * H, 1), (T, per, H, *strides(unit, k, v)),
                            blocks(cfg.reads.bt, many), *cfg.reads.launch)  # fmt: skip
-
-
-_plans: dict[tuple, object] = {}
-
-
-def plan(kind: type, options: tuple, q: torch.Tensor, *others: torch.Tensor | None):
-    """`kind(*options, q, *others)`, made once per options, shapes, strides and types."""
-    key = (kind, options, q.shape, q.dtype, q.device, q.stride())
-    key += tuple([None if x is None else (x.shape[-1], x.stride()) for x in others])
-    found = _plans.get(key)
-    if found is None:
-        if len(_plans) > 1024:
-            _plans.clear()
-        found = _plans[key] = kind(*options, q, *others)
-    return found
 
 
 @on_device_of_first

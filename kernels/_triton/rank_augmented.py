@@ -32,6 +32,7 @@ from zoo.kernels._triton._common import (
     load_tile,
     next_power,
     on_device_of_first,
+    plan,
     store_tile,
 )
 from zoo.kernels._triton.linear_attention import (
@@ -43,7 +44,6 @@ from zoo.kernels._triton.linear_attention import (
     load_state,
     merge_launch,
     place,
-    plan,
     rows,
     span,
     start,

@@ -12,7 +12,17 @@ import math
 
 import torch
 from torch import Tensor
-from zoo.kernels._triton._common import alignment, ceil_div, compute_types, interpreting, launch, next_power
+from zoo.kernels._triton._common import (
+    Launch,
+    aligned,
+    alignment,
+    ceil_div,
+    compute_types,
+    interpreting,
+    next_power,
+    on_device_of_first,
+    plan,
+)
 from zoo.kernels._triton.selective_scan_kernels import (
     selective_scan_2d_kernel_backward,
     selective_scan_2d_kernel_forward,
@@ -55,25 +65,13 @@ def _stretch(tiles: int, states: int) -> tuple[int, int]:
 
 
 def _contiguous(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
-    return None if x is None else x.to(dtype or x.dtype).contiguous()
+    if x is None or (x.is_contiguous() and (dtype is None or x.dtype == dtype)):
+        return x
+    return x.to(dtype or x.dtype).contiguous()
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Along sequences
-
-
-def _consts(u, A, B, D, bias, delta_softplus, reverse, tensors) -> dict:
-    """Compile-time constants; tokens count as contiguous if they are so in all of `tensors`."""
-    states, channels = A.shape[1], u.shape[1] // B.shape[1]
-    tlast = all(x.stride(2) == 1 for x in tensors) and not reverse
-    compute, precision = _products(u.dtype)
-    block = _block(channels)
-    return {
-        'N': states, 'NP': next_power(states, 1), 'BT': STEPS, 'BD': block, 'EXACT': channels % block == 0,
-        'EVEN': u.shape[2] % STEPS == 0, 'SKIP': D is not None, 'BIAS': bias is not None,
-        'SOFTPLUS': bool(delta_softplus), 'REVERSE': bool(reverse), 'TLAST': tlast,
-        'UNIT': alignment(*tensors) if tlast else 1, 'CT': compute, 'PREC': precision,
-    }  # fmt: skip
 
 
 def _strides(x: Tensor, unit: int) -> list[int]:
@@ -86,59 +84,99 @@ def _state_strides(x: Tensor) -> list[int]:
     return [x.stride(0), x.stride(1), x.stride(3), x.stride(2)]
 
 
+class _SequencePlan:
+    """The launch of one pass along sequences, and the shapes of its scratch.
+
+    Args:
+        delta_softplus: as for the op, like all that follow.
+        reverse: from the last token to the first.
+        u: (B, G D, T), like the other tensors with their own strides.
+        dy: gradient of the outputs, in a backward pass.
+    """
+
+    def __init__(self, delta_softplus: bool, reverse: bool, u, delta, A, B, C, D, bias, dy=None):
+        du, ddelta = (torch.empty_like(x, device='meta') for x in (u, delta))  # in a forward pass y lies like du
+        tiles = (u, delta, du) if dy is None else (u, delta, dy, du, ddelta)
+        (batch, width, length), groups, states = u.shape, B.shape[1], A.shape[1]
+        channels, block = width // groups, _block(width // groups)
+        blocks = ceil_div(channels, block)
+        tlast = all(x.stride(2) == 1 for x in tiles) and not reverse
+        unit = alignment(*tiles) if tlast else 1
+        compute, precision = _products(u.dtype)
+        every, stretches = _stretch(ceil_div(length, STEPS), states)
+        consts = {
+            'N': states, 'NP': next_power(states, 1), 'BT': STEPS, 'BD': block, 'EXACT': channels % block == 0,
+            'EVEN': length % STEPS == 0, 'SKIP': D is not None, 'BIAS': bias is not None,
+            'SOFTPLUS': bool(delta_softplus), 'REVERSE': bool(reverse), 'TLAST': tlast, 'UNIT': unit, 'CT': compute,
+            'PREC': precision,
+        }  # fmt: skip
+        inputs = *_strides(u, unit), *_strides(delta, unit), *_state_strides(B), *_state_strides(C)
+        rest = [s for x in tiles[2:] for s in _strides(x, unit)]
+        grid, sizes = (batch * groups * blocks, 1, 1), (length, channels, groups, blocks)
+        if dy is None:
+            self.run = Launch(selective_scan_kernel_forward, grid, (*sizes, *inputs, *rest), consts, 1, 2, 128)
+            return
+        sizes = *sizes, batch, every, stretches, *inputs, *rest
+        self.run = Launch(selective_scan_kernel_backward, grid, sizes, {'ONE': stretches == 1} | consts, 1)
+        self.scratch = [(blocks, *B.shape), (blocks, *C.shape), (batch, *A.shape), (batch, width), (batch, width),
+                        (batch, stretches, states, width), (batch, every, states, width)]  # fmt: skip
+
+
+@on_device_of_first
 def selective_scan_fwd(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse):
     """Outputs (B, G D, T), laid out like u; arguments as `zoo.kernels.selective_scan.selective_scan`."""
+    A, D, delta_bias = _contiguous(A, torch.float32), _contiguous(D), _contiguous(delta_bias)
+    steps = plan(_SequencePlan, (delta_softplus, reverse), u, delta, A, B, C, D, delta_bias)
     y = torch.empty_like(u)
-    consts = _consts(u, A, B, D, delta_bias, delta_softplus, reverse, (u, delta, y))
-    groups, channels, unit = B.shape[1], u.shape[1] // B.shape[1], consts['UNIT']
-    blocks = ceil_div(channels, consts['BD'])
-    tensors = (u, delta, _contiguous(A, torch.float32), B, C, _contiguous(D), _contiguous(delta_bias), y)
-    sizes = (u.shape[2], channels, groups, blocks, *_strides(u, unit), *_strides(delta, unit), *_state_strides(B),
-             *_state_strides(C), *_strides(y, unit))  # fmt: skip
-    launch(selective_scan_kernel_forward, (u.shape[0] * groups * blocks, 1, 1), tensors, sizes, consts, warps=1,
-           registers=128)  # fmt: skip
+    steps.run(aligned(u, delta, A, B, C, D, delta_bias), u, delta, A, B, C, D, delta_bias, y)
     return y
 
 
+@on_device_of_first
 def selective_scan_bwd(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse, dy):
     """Gradients du, ddelta, dA, dB, dC, dD (or None), ddelta_bias (or None) in the dtypes of their inputs."""
+    rate, gains, bias = _contiguous(A, torch.float32), _contiguous(D), _contiguous(delta_bias)
+    inputs = u, delta, rate, B, C, gains, bias, dy
+    steps = plan(_SequencePlan, (delta_softplus, reverse), *inputs)
     du, ddelta = torch.empty_like(u), torch.empty_like(delta)
-    consts = _consts(u, A, B, D, delta_bias, delta_softplus, reverse, (u, delta, dy, du, ddelta))
-    batch, width, length = u.shape
-    groups, states, unit = B.shape[1], A.shape[1], consts['UNIT']
-    channels = width // groups
-    blocks = ceil_div(channels, consts['BD'])
-    every, stretches = _stretch(ceil_div(length, STEPS), states)
-    consts = {'ONE': stretches == 1} | consts
-    new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=u.device)  # noqa: E731
-    dB, dC = new(blocks, *B.shape), new(blocks, *C.shape)
-    dA, dD, dbias = new(batch, *A.shape), new(batch, width), new(batch, width)
-    far, near = new(batch, stretches, states, width), new(batch, every, states, width)
-    tensors = (u, delta, _contiguous(A, torch.float32), B, C, _contiguous(D), _contiguous(delta_bias), dy, du, ddelta,
-               dB, dC, dA, dD, dbias, far, near)  # fmt: skip
-    sizes = (length, channels, groups, blocks, batch, every, stretches, *_strides(u, unit), *_strides(delta, unit),
-             *_state_strides(B), *_state_strides(C), *_strides(dy, unit), *_strides(du, unit),
-             *_strides(ddelta, unit))  # fmt: skip
-    launch(selective_scan_kernel_backward, (batch * groups * blocks, 1, 1), tensors, sizes, consts, warps=1)
-    total = lambda x, like: None if like is None else x.sum(0).to(like.dtype)  # noqa: E731
-    return du, ddelta, total(dA, A), total(dB, B), total(dC, C), total(dD, D), total(dbias, delta_bias)
+    scratch = [torch.empty(shape, dtype=torch.float32, device=u.device) for shape in steps.scratch]
+    steps.run(aligned(*inputs), *inputs, du, ddelta, *scratch)
+    dB, dC, dA, dD, dbias = scratch[:5]
+    return du, ddelta, _total(dA, A), _total(dB, B), _total(dC, C), _total(dD, D), _total(dbias, delta_bias)
+
+
+def _total(parts: Tensor, like: Tensor | None) -> Tensor | None:
+    return None if like is None else parts.sum(0).to(like.dtype)
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Over maps
 
 
-def _map_consts(x, p, A, rank, directions, row: int) -> dict:
-    """Compile-time constants; `row` numbers of a pixel's projection take part in products."""
-    states, channels, block = A.shape[1], x.shape[3], _block(x.shape[3])
-    compute, precision = _products(x.dtype)
-    return {
-        'K': directions, 'channels': channels, 'columns': p.shape[3], 'R': rank, 'N': states,
-        'NP': next_power(states, 1), 'BT': TILE, 'BD': block, 'EXACT': channels % block == 0, 'RP': next_power(row),
-        'EVEN': x.shape[1] * x.shape[2] % TILE == 0, 'CT': compute, 'PREC': precision,
-    }  # fmt: skip
+class _MapPlan:
+    """The launch of one pass over maps, and the shapes of its scratch; arguments as of the passes, all contiguous."""
+
+    def __init__(self, directions: int, x, p, dt_weight, dt_bias, A, D, dy=None):
+        (batch, height, width, channels), rank, states = x.shape, dt_weight.shape[2], A.shape[1]
+        block, length = _block(channels), height * width
+        blocks, tiles = ceil_div(channels, block), ceil_div(length, TILE)
+        compute, precision = _products(x.dtype)
+        row = rank if dy is None else rank + 2 * states  # numbers of a pixel's projection that are in products
+        consts = {
+            'K': directions, 'channels': channels, 'columns': p.shape[3], 'R': rank, 'N': states,
+            'NP': next_power(states, 1), 'BT': TILE, 'BD': block, 'EXACT': channels % block == 0,
+            'RP': next_power(row), 'EVEN': length % TILE == 0, 'CT': compute, 'PREC': precision,
+        }  # fmt: skip
+        grid, sizes = (batch * blocks, 1, 1), (length, height, width, blocks)
+        if dy is None:
+            self.run = Launch(selective_scan_2d_kernel_forward, grid, sizes, consts, 1, 2, 128)
+            return
+        self.run = Launch(selective_scan_2d_kernel_backward, grid, (*sizes, batch, tiles), consts, 1)
+        self.scratch = [(blocks, *p.shape), (batch, *A.shape), (batch, channels), (batch, *dt_bias.shape),
+                        (batch, *dt_weight.shape), (batch, tiles, states, channels)]  # fmt: skip
 
 
+@on_device_of_first
 def selective_scan_2d_fwd(x, p, dt_weight, dt_bias, A, D, directions):
     """Merged outputs (B, H, W, D) in x's dtype.
 
@@ -151,33 +189,23 @@ def selective_scan_2d_fwd(x, p, dt_weight, dt_bias, A, D, directions):
         D: skip gains (K D,).
         directions: K.
     """
-    batch, height, width, channels = x.shape
-    rank = dt_weight.shape[2]
-    consts = _map_consts(x, p, A, rank, directions, rank)
-    blocks = ceil_div(channels, consts['BD'])
     x, p, w, bias, D = (_contiguous(t) for t in (x, p, dt_weight, dt_bias, D))
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    sizes = (height * width, height, width, blocks)
-    tensors = (x, p, w, bias, _contiguous(A, torch.float32), D, y)
-    launch(selective_scan_2d_kernel_forward, (batch * blocks, 1, 1), tensors, sizes, consts, warps=1, registers=128)
+    inputs = x, p, w, bias, _contiguous(A, torch.float32), D
+    steps = plan(_MapPlan, (directions,), *inputs)
+    y = torch.empty_like(x)
+    steps.run(aligned(*inputs), *inputs, y)
     return y
 
 
+@on_device_of_first
 def selective_scan_2d_bwd(x, p, dt_weight, dt_bias, A, D, directions, dy):
     """Gradients dx, dp, ddt_weight, ddt_bias, dA, dD in the dtypes of their inputs."""
-    batch, height, width, channels = x.shape
-    rank, states, length = dt_weight.shape[2], A.shape[1], height * width
-    consts = _map_consts(x, p, A, rank, directions, rank + 2 * states)
-    blocks = ceil_div(channels, consts['BD'])
-    tiles = ceil_div(length, TILE)
-    x, p, w, bias, D, dy = (_contiguous(t) for t in (x, p, dt_weight, dt_bias, D, dy))
-    new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=x.device)  # noqa: E731
-    dx, dp, dA, dD = torch.empty_like(x), new(blocks, *p.shape), new(batch, *A.shape), new(batch, channels)
-    dbias, dw = new(batch, *dt_bias.shape), new(batch, *dt_weight.shape)
-    near = new(batch, tiles, states, channels)
-    tensors = (x, p, w, bias, _contiguous(A, torch.float32), D, dy, dx, dp, dA, dD, dbias, dw, near)
-    sizes = (length, height, width, blocks, batch, tiles)
-    launch(selective_scan_2d_kernel_backward, (batch * blocks, 1, 1), tensors, sizes, consts, warps=1)
-    total = lambda t, like: t.sum(0).to(like.dtype)  # noqa: E731
+    x, p, w, bias, gains, dy = (_contiguous(t) for t in (x, p, dt_weight, dt_bias, D, dy))
+    inputs = x, p, w, bias, _contiguous(A, torch.float32), gains, dy
+    steps = plan(_MapPlan, (directions,), *inputs)
+    dx = torch.empty_like(x)
+    scratch = [torch.empty(shape, dtype=torch.float32, device=x.device) for shape in steps.scratch]
+    steps.run(aligned(*inputs), *inputs, dx, *scratch)
+    dp, dA, dD, dbias, dw, _ = scratch
     dD = dD.sum(0).repeat(directions).to(D.dtype)
-    return dx, total(dp, p), total(dw, dt_weight), total(dbias, dt_bias), total(dA, A), dD
+    return dx, _total(dp, p), _total(dw, dt_weight), _total(dbias, dt_bias), _total(dA, A), dD

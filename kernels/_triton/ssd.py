@@ -12,12 +12,15 @@ from typing import NamedTuple
 
 import torch
 from zoo.kernels._triton._common import (
+    Launch,
+    aligned,
     alignment,
     ceil_div,
     compute_types,
     interpreting,
     next_power,
     on_device_of_first,
+    plan,
 )
 from zoo.kernels._triton.gla import _compiled, _launch, _nothing, _options, _rows
 from zoo.kernels._triton.gla_states import gla_kernel_scan, gla_kernel_table
@@ -38,7 +41,6 @@ LEAST_CHUNKS = 8  # in a segment
 # block sizes wrongly on an H100 (gradients of A off by a fifth, by rounding alone 2e-3); 32 rows take mma.sync.
 BACKWARD_TOKENS = 32
 
-_plans: dict[tuple, Plan] = {}
 _codes: dict[tuple, int] = {}
 
 
@@ -84,7 +86,7 @@ def unsupported(x: torch.Tensor, dt: torch.Tensor, B: torch.Tensor) -> str | Non
 class Plan:
     """All that follows from shapes, types and strides: sizes, grids and constants of every launch of one pass."""
 
-    def __init__(self, x, dt, A, B, C, D, dy, init, dinit, sequences, varlen, final):
+    def __init__(self, sequences, varlen, final, x, dt, A, B, C, D, dy, init, dinit):
         rows, T, H, P = x.shape
         N = B.shape[-1]
         self.backward = dy is not None
@@ -134,50 +136,36 @@ class Plan:
         self.grid_chunks = (self.n_chunks * H, 1, 1)
 
 
-def _plan(x, dt, A, B, C, D, dy, init, dinit, cu_seqlens, final) -> Plan:
-    """The plan of these arguments, made once: it costs more Python than the launches."""
-    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    key = (
-        x.shape, B.shape, C.shape, x.dtype, dt.dtype, A.dtype, D is not None and D.dtype, x.device, x.stride(),
-        dt.stride(), B.stride(), C.stride(), dy is not None and dy.stride(), init is None, dinit is None, sequences,
-        cu_seqlens is None, final,
-    )  # fmt: skip
-    plan = _plans.get(key)
-    if plan is None:
-        if len(_plans) > 1024:
-            _plans.clear()
-        plan = _plans[key] = Plan(x, dt, A, B, C, D, dy, init, dinit, sequences, cu_seqlens is not None, final)
-    return plan
-
-
 class _Run:
     """One pass over one set of inputs: scratch, and the launches that both passes share."""
 
     def __init__(self, x, dt, A, B, C, D, init, cu_seqlens, final, dy=None, dinit=None):
         x, B, C, dy = _rows(x), _rows(B), _rows(C), _rows(dy)
-        self.plan = plan = _plan(x, dt, A, B, C, D, dy, init, dinit, cu_seqlens, final)
+        sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        options = sequences, cu_seqlens is not None, final
+        self.plan = steps = plan(Plan, options, x, dt, A, B, C, D, dy, init, dinit)
         self.inputs = [x, dt, A, B, C]
         self.D = A if D is None else D
         self.dy = x if dy is None else dy
         self.none = none = _nothing(x.device)
         self.init, self.dinit = none if init is None else init, none if dinit is None else dinit
         ends = [*self.inputs, self.D, self.dy, self.init, self.dinit]
-        self.code = plan.codes[all(t.data_ptr() % 16 == 0 for t in ends)]
+        self.code = steps.codes[all(t.data_ptr() % 16 == 0 for t in ends)]
         self.seg_state = self.seg_total = none
-        if plan.several:
-            self.seg_state = torch.empty(plan.seg_shape, dtype=torch.float32, device=x.device)
-            self.seg_total = torch.empty((plan.seg_shape[0], plan.cfg.bn), dtype=torch.float32, device=x.device)
+        if steps.several:
+            self.seg_state = torch.empty(steps.seg_shape, dtype=torch.float32, device=x.device)
+            self.seg_total = torch.empty((steps.seg_shape[0], steps.cfg.bn), dtype=torch.float32, device=x.device)
         self.states, self.prefix = x, none
-        if plan.backward:
-            self.states = torch.empty(plan.state_shape, dtype=plan.state_dtype, device=x.device)
-            self.prefix = torch.empty(plan.prefix_shape, dtype=torch.float32, device=x.device)
+        if steps.backward:
+            self.states = torch.empty(steps.state_shape, dtype=steps.state_dtype, device=x.device)
+            self.prefix = torch.empty(steps.prefix_shape, dtype=torch.float32, device=x.device)
         self.chunks = self.segs = self.spans = none
-        if plan.varlen:
+        if steps.varlen:
             ints = dict(dtype=torch.int32, device=x.device)
-            self.chunks, self.segs = (torch.full((n, 4), -1, **ints) for n in (plan.n_chunks, plan.n_segs))
-            self.spans = torch.empty((plan.sequences, 2), **ints)
-            gla_kernel_table[(plan.sequences,)](cu_seqlens, self.chunks, self.segs, self.spans, plan.sequences,
-                                                plan.cps, BT=plan.cfg.bt, BN=128, num_warps=1)  # fmt: skip
+            self.chunks, self.segs = (torch.full((n, 4), -1, **ints) for n in (steps.n_chunks, steps.n_segs))
+            self.spans = torch.empty((steps.sequences, 2), **ints)
+            gla_kernel_table[(steps.sequences,)](cu_seqlens, self.chunks, self.segs, self.spans, steps.sequences,
+                                                steps.cps, BT=steps.cfg.bt, BN=128, num_warps=1)  # fmt: skip
 
     def launch(self, name: str, kernel, grid: tuple, tensors: list, options: dict, run: bool = True) -> None:
         """Run a kernel on its tensors and the plan's numbers, or (not `run`) only compile it."""
@@ -187,18 +175,18 @@ class _Run:
 
     def run_states(self, final: torch.Tensor) -> None:
         """Fill the states, and `final` with the state (or in a backward pass its gradient) that leaves a sequence."""
-        plan = self.plan
+        steps = self.plan
         # What only longer sequences run is compiled now, so that a later call with another T compiles nothing.
         tensors = [*self.inputs, self.dy, self.states, self.prefix, self.seg_state, self.seg_total, self.init,
                    self.dinit, final, self.segs]  # fmt: skip
-        run = plan.several or plan.backward
-        self.launch('ssd states', ssd_kernel_states, plan.grid_states, tensors, plan.cfg.states, run)
+        run = steps.several or steps.backward
+        self.launch('ssd states', ssd_kernel_states, steps.grid_states, tensors, steps.cfg.states, run)
         code = ('ssd scan', self.code)
-        if plan.several or (code not in _compiled and not interpreting()):
-            nseg, _, n_segs = plan.ints[-3:]
+        if steps.several or (code not in _compiled and not interpreting()):
+            nseg, _, n_segs = steps.ints[-3:]
             args = [self.seg_state, self.seg_total, self.init, self.dinit, final, self.spans, nseg, n_segs,
-                    plan.consts['H']]  # fmt: skip
-            _launch(gla_kernel_scan, code, plan.grid_scan, args, plan.scan_consts, {'num_warps': 1}, plan.several)
+                    steps.consts['H']]  # fmt: skip
+            _launch(gla_kernel_scan, code, steps.grid_scan, args, steps.scan_consts, {'num_warps': 1}, steps.several)
 
 
 def _state(state: torch.Tensor | None) -> torch.Tensor | None:
@@ -239,16 +227,16 @@ def ssd_fwd(x, dt, A, B, C, D, initial_state, output_final_state, cu_seqlens):
             finals.append(torch.cat([f for _, f in parts], -1) if output_final_state else None)
         return torch.cat(ys, -1), torch.cat(finals, -2) if output_final_state else None
     run = _Run(x, dt, A, B, C, D, _state(initial_state), cu_seqlens, output_final_state)
-    plan = run.plan
+    steps = run.plan
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     final = None
     if output_final_state:
-        shape = (plan.sequences, *x.shape[2:], B.shape[-1])
+        shape = (steps.sequences, *x.shape[2:], B.shape[-1])
         final = torch.empty(shape, dtype=torch.float32, device=x.device)
     place = run.none if final is None else final
     run.run_states(place)
-    run.launch('ssd out', ssd_fwd_kernel_out, plan.grid_out,
-               [*run.inputs, run.D, y, run.seg_state, run.init, place, run.segs], plan.cfg.chunks)  # fmt: skip
+    run.launch('ssd out', ssd_fwd_kernel_out, steps.grid_out,
+               [*run.inputs, run.D, y, run.seg_state, run.init, place, run.segs], steps.cfg.chunks)  # fmt: skip
     return y, final
 
 
@@ -259,16 +247,16 @@ def ssd_bwd(x, dt, A, B, C, D, initial_state, dy, dfinal, cu_seqlens):
         return _cut_bwd(x, dt, A, B, C, D, initial_state, dy, dfinal, cu_seqlens)
     init, dinit = _state(initial_state), _state(dfinal)
     run = _Run(x, dt, A, B, C, D, init, cu_seqlens, init is not None, dy, dinit)
-    plan = run.plan
+    steps = run.plan
     new = lambda shape, dtype: torch.empty(shape, dtype=dtype, device=x.device)  # noqa: E731
     dx, ddt = new(x.shape, x.dtype), new(dt.shape, dt.dtype)
     dB, dC = (new((*x.shape[:3], t.shape[-1]), t.dtype) for t in (B, C))
-    parts = new((2, plan.H, plan.n_chunks), torch.float32)
+    parts = new((2, steps.H, steps.n_chunks), torch.float32)
     dinitial = None if init is None else new(init.shape, torch.float32)
     run.run_states(run.none if dinitial is None else dinitial)
-    run.launch('ssd gradients', ssd_bwd_kernel_chunk, plan.grid_chunks,
+    run.launch('ssd gradients', ssd_bwd_kernel_chunk, steps.grid_chunks,
                [*run.inputs, run.D, run.dy, dx, ddt, dB, dC, parts, run.states, run.prefix, run.seg_state, run.chunks],
-               plan.cfg.chunks)  # fmt: skip
+               steps.cfg.chunks)  # fmt: skip
     dA = parts[0].sum(-1).to(A.dtype)
     dD = None if D is None else parts[1].sum(-1).to(D.dtype)
     return dx, ddt, dA, _sum_heads(dB, B), _sum_heads(dC, C), dD, dinitial
@@ -299,22 +287,25 @@ def _sum_heads(grad: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return grad if grad.shape[2] == groups else grad.unflatten(2, (groups, -1)).sum(3)
 
 
+class _StepPlan:
+    """The launch of one token's step."""
+
+    def __init__(self, x, dt, A, B, C, D, state):
+        (batch, H, P), N = x.shape, B.shape[-1]
+        bn = next_power(N, 1)
+        bp = min(next_power(P, 1), max(1, 2048 // bn))
+        consts = {'H': H, 'P': P, 'N': N, 'BP': bp, 'BN': bn, 'NP': ceil_div(P, bp), 'RB': H // B.shape[1],
+                  'RC': H // C.shape[1], 'HAS_D': D is not None}  # fmt: skip
+        sizes = [s for t in (x, dt, B, C) for s in t.stride()[:2]]
+        self.run = Launch(ssd_kernel_step, (batch * H * consts['NP'], 1, 1), sizes, consts)
+
+
 @on_device_of_first
 def _step(x, dt, A, B, C, state, D, out):
-    batch, H, P = x.shape
-    N = B.shape[-1]
     x, B, C = _rows(x), _rows(B), _rows(C)
+    steps = plan(_StepPlan, (), x, dt, A, B, C, D, state)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    bn = next_power(N, 1)
-    bp = min(next_power(P, 1), max(1, 2048 // bn))
-    consts = {'H': H, 'P': P, 'N': N, 'BP': bp, 'BN': bn, 'NP': ceil_div(P, bp), 'RB': H // B.shape[1],
-              'RC': H // C.shape[1], 'HAS_D': D is not None}  # fmt: skip
-    tensors = [x, dt, A, B, C, A if D is None else D, y, state, out]
-    aligned = all(t.data_ptr() % 16 == 0 for t in tensors)
-    code = ('ssd step', *consts.values(), *(t.dtype for t in tensors), x.device, aligned)
-    strides = [s for t in (x, dt, B, C) for s in t.stride()[:2]]
-    grid = (batch * H * consts['NP'], 1, 1)
-    _launch(ssd_kernel_step, code, grid, [*tensors, *strides], consts, {'num_warps': 4})
+    steps.run(aligned(x, dt, A, B, C, D, state, out), x, dt, A, B, C, A if D is None else D, y, state, out)
     return y, out
 
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from harness import DEVICE, LIMITS, main, verdict
 from torch import Tensor
+from zoo.kernels._triton import _common
 from zoo.kernels._triton import ssd as kernels
 from zoo.kernels.ssd import ssd, ssd_step, ssd_step_
 
@@ -109,12 +110,12 @@ def check(say, shard=(0, 1), dtypes=(torch.float32, torch.float16, torch.bfloat1
 def backward_tokens(size: int) -> Iterator[None]:
     """Another chunk size of bf16 backward passes."""
     table, kernels.BACKWARD_TOKENS = kernels.BACKWARD_TOKENS, size
-    kernels._plans.clear()
+    _common._plans.clear()
     try:
         yield
     finally:
         kernels.BACKWARD_TOKENS = table
-        kernels._plans.clear()
+        _common._plans.clear()
 
 
 def _check(say, shard: tuple[int, int], dtype: torch.dtype, seeds: tuple[int, ...], tokens: int) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from check_gla import make, reference, run
 from harness import rms
-from zoo.kernels._triton import gla
+from zoo.kernels._triton import _common, gla
 
 from zoo.tools._bench_gla import SHAPES
 from zoo.tools._timing import graph_ms
@@ -35,7 +35,7 @@ def use(variant):
         return c._replace(bt=bt, states=gla._options(*states), chunks=gla._options(*chunks), **loop)
 
     gla.config = config
-    gla._plans.clear()
+    _common._plans.clear()
     gla._compiled.clear()
 
 

@@ -10,7 +10,7 @@ printed only with the error against the table in use, because a fast row may be 
 import json
 
 import torch
-from zoo.kernels._triton import linear_attention as shared
+from zoo.kernels._triton import _common
 from zoo.kernels._triton import rank_augmented as kernels
 from zoo.kernels._triton.linear_attention import Config, Options
 
@@ -49,13 +49,13 @@ def main():
         sets = [steps(*shape) for _ in range(3)]
         for which in ('fwd', 'bwd'):
             kernels.config = table
-            shared._plans.clear()
+            _common._plans.clear()
             expected = sets[0][which]()
             first = SUMS[which][0], READS[which][0]
             rows = [(s, first[1]) for s in SUMS[which]] + [(first[0], r) for r in READS[which][1:]]
             for sums, reads in rows:
                 kernels.config = lambda *_: Config(64, 64, 1, Options(*sums), Options(*reads))  # noqa: B023
-                shared._plans.clear()  # launches were made for another table
+                _common._plans.clear()  # launches were made for another table
                 row = dict(shape=label, what=which, sums=sums, reads=reads)
                 try:
                     row['error'] = float(f'{error(sets[0][which](), expected):.2g}')

@@ -72,7 +72,7 @@ def _scan_rows() -> list[Row]:
     one = lambda x: x.flatten(0, 1)[None]  # noqa: E731
     cuts = lambda d: torch.tensor([0, 60, 128], device=d(1).device)  # noqa: E731
     mamba = lambda d, *n: (d(*n, 2, 16), d(*n, 2).abs(), -d(2).abs(), d(*n, 1, 16), d(*n, 1, 16))  # noqa: E731
-    sequence = lambda d: (d(2, 32, 64), d(2, 32, 64), -d(32, 4).abs(), d(2, 1, 4, 64), d(2, 1, 4, 64))  # noqa: E731
+    sequence = lambda d: (d(2, 32, 64), d(2, 32, 64), -_wide(d(32, 4)).abs(), d(2, 1, 4, 64), d(2, 1, 4, 64))  # noqa: E731
     over_map = lambda d: (d(2, 32, 8, 8), d(2, 10, 32), d(2, 32, 2), d(2, 32), d(64, 4), d(64))  # noqa: E731
     positive = lambda d: (d(2, 64, 2, 16).exp(), d(2, 64, 2, 16).exp(), d(2, 64, 2, 16))  # noqa: E731
     delta = lambda d: (*(F.normalize(x, dim=-1) for x in qkv(d)[:2]), qkv(d)[2])  # noqa: E731
