@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 from zoo.kernels._triton._common import (
+    Launch,
+    aligned,
     alignment,
     ceil_div,
     compute_types,
@@ -99,11 +101,36 @@ def _rows(x: torch.Tensor | None) -> torch.Tensor | None:
     return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
+class Table:
+    """Where the chunks and segments of packed sequences lie, found on the device.
+
+    Args:
+        sequences: how many.
+        n_chunks: how many chunks there are at most.
+        n_segs: how many segments.
+        cps: chunks in a segment.
+        bt: tokens in a chunk.
+    """
+
+    def __init__(self, sequences: int, n_chunks: int, n_segs: int, cps: int, bt: int):
+        self.sequences, self.rows = sequences, (n_chunks, n_segs)
+        self.fill = Launch(gla_kernel_table, (sequences, 1, 1), (sequences, cps), {'BT': bt, 'BN': 128}, 1)
+
+    def __call__(self, cu_seqlens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`chunks`, `segs` and `spans` of `gla_kernel_table`."""
+        ints, cu_seqlens = dict(dtype=torch.int32, device=cu_seqlens.device), cu_seqlens.contiguous()
+        chunks, segs = torch.full((sum(self.rows), 4), -1, **ints).split_with_sizes(self.rows)
+        spans = torch.empty((self.sequences, 2), **ints)
+        self.fill(aligned(cu_seqlens), cu_seqlens, chunks, segs, spans)
+        return chunks, segs, spans
+
+
 class Plan:
     """All that follows from shapes, types and strides: sizes, grids and constants of every launch of one pass."""
 
-    def __init__(self, N, dirs, varlen, final, q, k, v, gf, gb, do, init, dinit):
+    def __init__(self, dirs, final, q, k, v, gf, gb, do, init, dinit, cu_seqlens):
         B, T, H, K = q.shape
+        varlen, N = cu_seqlens is not None, B if cu_seqlens is None else cu_seqlens.shape[0] - 1
         V = v.shape[-1]
         g = gf if gf is not None else gb
         self.gate = 0 if g is None else 1 if g.dim() == 3 else 2
@@ -117,13 +144,14 @@ class Plan:
         # Sweeping a whole sequence in one program saves the scan, where enough programs remain to fill the GPU.
         long = length > SEGMENT and (self.sweep or length > 8 * SEGMENT or N * H * kinds * cfg.nv < 256)
         nch = ceil_div(T, cfg.bt)
-        self.cps = cps = max(SEGMENT // cfg.bt, ceil_div(nch, MAX_SEGMENTS)) if long else 1 << 20
+        cps = max(SEGMENT // cfg.bt, ceil_div(nch, MAX_SEGMENTS)) if long else 1 << 20
         if varlen:
             nseg = 2 if long else 1  # only whether there are several counts
             self.n_chunks, self.n_segs = T // cfg.bt + N, nch // cps + N
         else:
             nseg = ceil_div(nch, cps)
             self.n_chunks, self.n_segs = B * nch, B * nseg
+        self.table = Table(N, self.n_chunks, self.n_segs, cps, cfg.bt) if varlen else None
         self.several = nseg > 1
         ct, prec = compute_types(q.dtype)
         mt, split = gate_types(q.dtype, None if g is None else g.dtype)
@@ -155,7 +183,7 @@ class Plan:
         self.scan_consts = consts | {'BV': 16, 'VP': vp, 'TURNED': False}
         # What decides the compiled code: a kernel's constants, the types and the alignment of what it is given.
         code = (*consts.values(), q.dtype, None if g is None else g.dtype, self.state_dtype, q.device)
-        self.codes = {aligned: _codes.setdefault((*code, aligned), len(_codes)) for aligned in (True, False)}
+        self.codes = {at_16: _codes.setdefault((*code, at_16), len(_codes)) for at_16 in (True, False)}
         self.grid_states = (self.n_segs * H * kinds, cfg.nv, 1)
         self.grid_scan = (N * H * kinds, vp // 16, 1)
         self.grid_chunks = (self.n_chunks * H, cfg.nv, 1)
@@ -197,9 +225,7 @@ class _Run:
         if gb is not None and gb.dim() == 4:
             gb = _rows(gb)
         q, k, v, do = _rows(q), _rows(k), _rows(v), _rows(do)
-        N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        options = N, dirs, cu_seqlens is not None, final
-        self.plan = steps = plan(Plan, options, q, k, v, gf, gb, do, init, dinit)
+        self.plan = steps = plan(Plan, (dirs, final), q, k, v, gf, gb, do, init, dinit, cu_seqlens)
         device = q.device
         self.q, self.k, self.v, self.do = q, k, v, v if do is None else do
         self.gf = gf if gf is not None else gb if gb is not None else q
@@ -223,11 +249,7 @@ class _Run:
             self.seg_state = self.seg_total = _nothing(device)
         self.chunks = self.segs = self.spans = q
         if steps.varlen:
-            self.chunks = torch.full((steps.n_chunks, 4), -1, dtype=torch.int32, device=device)
-            self.segs = torch.full((steps.n_segs, 4), -1, dtype=torch.int32, device=device)
-            self.spans = torch.empty((steps.N, 2), dtype=torch.int32, device=device)
-            gla_kernel_table[(steps.N,)](cu_seqlens, self.chunks, self.segs, self.spans, steps.N, steps.cps,
-                                        BT=steps.cfg.bt, BN=128, num_warps=1)  # fmt: skip
+            self.chunks, self.segs, self.spans = steps.table(cu_seqlens)
 
     def run_states(self, final: torch.Tensor | None) -> None:
         """Fill the states, and `final` with the state (or in a backward pass its gradient) past the last token."""

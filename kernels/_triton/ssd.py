@@ -22,8 +22,8 @@ from zoo.kernels._triton._common import (
     on_device_of_first,
     plan,
 )
-from zoo.kernels._triton.gla import _compiled, _launch, _nothing, _options, _rows
-from zoo.kernels._triton.gla_states import gla_kernel_scan, gla_kernel_table
+from zoo.kernels._triton.gla import Table, _compiled, _launch, _nothing, _options, _rows
+from zoo.kernels._triton.gla_states import gla_kernel_scan
 from zoo.kernels._triton.ssd_kernels import (
     ssd_bwd_kernel_chunk,
     ssd_fwd_kernel_out,
@@ -86,8 +86,9 @@ def unsupported(x: torch.Tensor, dt: torch.Tensor, B: torch.Tensor) -> str | Non
 class Plan:
     """All that follows from shapes, types and strides: sizes, grids and constants of every launch of one pass."""
 
-    def __init__(self, sequences, varlen, final, x, dt, A, B, C, D, dy, init, dinit):
+    def __init__(self, final, x, dt, A, B, C, D, dy, init, dinit, cu_seqlens):
         rows, T, H, P = x.shape
+        varlen, sequences = cu_seqlens is not None, rows if cu_seqlens is None else cu_seqlens.shape[0] - 1
         N = B.shape[-1]
         self.backward = dy is not None
         kinds = 2 if self.backward else 1
@@ -97,13 +98,14 @@ class Plan:
         programs = sequences * H * cfg.np * kinds
         cps = max(LEAST_CHUNKS, ceil_div(nch * (1 if varlen else rows) * H * cfg.np * kinds * cfg.bp * cfg.bn, WORK))
         several = programs < ENOUGH and cps < ceil_div(nch, sequences if varlen else 1)
-        self.cps = cps = cps if several else 1 << 20
+        cps = cps if several else 1 << 20
         if varlen:
             nseg = 2 if several else 1  # only whether there are several counts
             self.n_chunks, self.n_segs = T // cfg.bt + sequences, nch // cps + sequences
         else:
             nseg = ceil_div(nch, cps)
             self.n_chunks, self.n_segs = rows * nch, rows * nseg
+        self.table = Table(sequences, self.n_chunks, self.n_segs, cps, cfg.bt) if varlen else None
         self.several = nseg > 1
         ct, prec = compute_types(x.dtype)
         vp = cfg.np * cfg.bp
@@ -129,7 +131,7 @@ class Plan:
         # What decides the compiled code: the constants, the types and the alignment of what a kernel is given.
         types = [None if t is None else t.dtype for t in (x, dt, A, D)]
         code = (*consts.values(), *types, x.device)
-        self.codes = {aligned: _codes.setdefault((*code, aligned), len(_codes)) for aligned in (True, False)}
+        self.codes = {at_16: _codes.setdefault((*code, at_16), len(_codes)) for at_16 in (True, False)}
         self.grid_states = (self.n_segs * H * kinds * cfg.np, 1, 1)
         self.grid_scan = (sequences * H * kinds, vp // cfg.scan, 1)
         self.grid_out = (self.n_segs * H * cfg.np, 1, 1)
@@ -141,16 +143,14 @@ class _Run:
 
     def __init__(self, x, dt, A, B, C, D, init, cu_seqlens, final, dy=None, dinit=None):
         x, B, C, dy = _rows(x), _rows(B), _rows(C), _rows(dy)
-        sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        options = sequences, cu_seqlens is not None, final
-        self.plan = steps = plan(Plan, options, x, dt, A, B, C, D, dy, init, dinit)
+        self.plan = steps = plan(Plan, (final,), x, dt, A, B, C, D, dy, init, dinit, cu_seqlens)
         self.inputs = [x, dt, A, B, C]
         self.D = A if D is None else D
         self.dy = x if dy is None else dy
         self.none = none = _nothing(x.device)
         self.init, self.dinit = none if init is None else init, none if dinit is None else dinit
         ends = [*self.inputs, self.D, self.dy, self.init, self.dinit]
-        self.code = steps.codes[all(t.data_ptr() % 16 == 0 for t in ends)]
+        self.code = steps.codes[aligned(*ends)]
         self.seg_state = self.seg_total = none
         if steps.several:
             self.seg_state = torch.empty(steps.seg_shape, dtype=torch.float32, device=x.device)
@@ -161,11 +161,7 @@ class _Run:
             self.prefix = torch.empty(steps.prefix_shape, dtype=torch.float32, device=x.device)
         self.chunks = self.segs = self.spans = none
         if steps.varlen:
-            ints = dict(dtype=torch.int32, device=x.device)
-            self.chunks, self.segs = (torch.full((n, 4), -1, **ints) for n in (steps.n_chunks, steps.n_segs))
-            self.spans = torch.empty((steps.sequences, 2), **ints)
-            gla_kernel_table[(steps.sequences,)](cu_seqlens, self.chunks, self.segs, self.spans, steps.sequences,
-                                                steps.cps, BT=steps.cfg.bt, BN=128, num_warps=1)  # fmt: skip
+            self.chunks, self.segs, self.spans = steps.table(cu_seqlens)
 
     def launch(self, name: str, kernel, grid: tuple, tensors: list, options: dict, run: bool = True) -> None:
         """Run a kernel on its tensors and the plan's numbers, or (not `run`) only compile it."""
