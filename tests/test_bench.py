@@ -2,14 +2,17 @@
 
 import argparse
 import dataclasses
+import importlib
 import json
 import time
+from pathlib import Path
 
 import pytest
 import torch
+import zoo.kernels.ssd
 
 from zoo.errors import ZooError
-from zoo.tools import _bench_kernels, _bench_models
+from zoo.tools import _bench_kernels, _bench_launch, _bench_models
 from zoo.tools._bench_case import Case
 from zoo.tools._bench_models import PEERS
 from zoo.tools._timing import interleaved
@@ -127,6 +130,40 @@ def test_kernels(tmp_path, capsys):
         assert 0 < ours['floor_ms'] < ours['median_ms'] and ours['dims']['B'] == 4
         assert peer['times_ours'] == pytest.approx(peer['median_ms'] / ours['median_ms'], rel=0.01)
     assert result['complete'] and result['copy_gb_per_s'] > 0 and 'copy bandwidth' in capsys.readouterr().out
+
+
+def test_launch(tmp_path, capsys):
+    result = bench(tmp_path, 'kernels', '--launch', '--ops', 'swiglu,ssd_step_')
+    rows = {(r['op'], r['pass']): r for r in result['results']}
+    both = [(name, what) for name in (_bench_launch.YARDSTICK, 'swiglu') for what in ('fwd', 'fwd+bwd')]
+    assert list(rows) == [*both, ('ssd_step_', 'fwd')]
+    assert all(0 < row['min_us'] <= row['median_us'] and row['first_call_ms'] > 0 for row in rows.values())
+    assert rows['swiglu', 'fwd']['min_us'] < rows['swiglu', 'fwd+bwd']['min_us']
+    assert result['complete'] and 'Host time of one call' in capsys.readouterr().out
+    result = bench(tmp_path, 'kernels', '--launch', '--ops=geglu', '--no-backward')
+    assert [r['pass'] for r in result['results']] == ['fwd', 'fwd']
+    with pytest.raises(ZooError, match='unknown name .flash.: --ops takes rms_norm, '):
+        bench(tmp_path, 'kernels', '--launch', '--ops', 'flash')
+
+
+def test_launch_has_every_public_op_and_a_failing_one_is_a_row(monkeypatch):
+    """Each row runs, forward and backward; only oracles, questions, layers and constants have none."""
+    public = set()
+    for path in Path(zoo.kernels.ssd.__file__).parent.glob('[a-z]*.py'):
+        names = importlib.import_module(f'zoo.kernels.{path.stem}').__all__
+        public |= {n for n in names if n.islower() and not n.startswith(('naive_', 'fits_', 'haar_signs'))}
+    assert {row.name.split(',')[0] for row in _bench_launch.rows()} == public | {_bench_launch.YARDSTICK}
+    for row in _bench_launch.rows():
+        for what, step in _bench_launch._steps(row, 'cpu', torch.float32).items():
+            with torch.set_grad_enabled(what != 'fwd'):
+                step()
+
+    def fails(x):
+        raise RuntimeError('no such kernel')
+
+    monkeypatch.setattr(_bench_launch, 'rows', lambda: [_bench_launch.Row('bad', lambda draw: (draw(2),), fails)])
+    args = argparse.Namespace(ops=None, device='cpu', dtype='fp32', backward=True, repeats=1, output=None)
+    assert [r['error'] for r in _bench_launch.bench_launch(args)['results']] == ['RuntimeError: no such kernel'] * 2
 
 
 def _toy_case(**peers):

@@ -6,6 +6,7 @@ and is the faster one for a few tokens.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 
 import torch
@@ -14,9 +15,14 @@ from torch import Tensor
 RECURRENT = 64
 
 
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec('fla') is not None  # searches the disk, 75 us where there is none
+
+
 def unsupported(q: Tensor, v: Tensor) -> str | None:
     """Why the kernels cannot take these tensors, or None."""
-    if importlib.util.find_spec('fla') is None:
+    if not _installed():
         return 'flash-linear-attention is not installed (pip install "linear-zoo[bench]")'
     if not q.is_cuda:
         return 'flash-linear-attention needs GPU tensors'
