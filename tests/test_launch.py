@@ -63,3 +63,19 @@ def test_a_kernel_is_looked_up_again_for_tensors_off_16_bytes(compiled, monkeypa
     expected = {'D': 8, 'num_warps': 2, 'num_stages': 3, 'maxnreg': 64}
     assert [(args[1:], named) for _, args, named in seen] == [((5,), expected)] * 3
     assert [call[1][-3:] for call in compiled.calls] == [(inside, 5, 8)]
+
+
+def test_plans_are_made_once_per_shapes_strides_types_and_options(monkeypatch):
+    monkeypatch.setattr(_common, '_plans', {})
+    made = []
+
+    class Plan:
+        def __init__(self, option, *tensors):
+            made.append((option, tensors))
+
+    x, bias = torch.zeros(4, 6), torch.zeros(6)
+    first = _common.plan(Plan, (1,), x, bias, None)
+    assert _common.plan(Plan, (1,), torch.ones(4, 6), torch.ones(6), None) is first and len(made) == 1
+    others = [((2,), x, bias, None), ((1,), x[:2], bias, None), ((1,), x, bias.half(), None), ((1,), x, bias, bias),
+              ((1,), torch.zeros(6, 4).T, bias, None), ((1,), x, None, bias)]  # fmt: skip
+    assert len({id(_common.plan(Plan, *call)) for call in others} | {id(first)}) == len(made) == 7

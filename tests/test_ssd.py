@@ -299,6 +299,15 @@ def test_compiles_without_a_graph_break():
     assert all(relative_rms(a.grad, b.grad) < 1e-5 for a, b in zip(ours, eager))
 
 
+def test_a_compiled_step_overwrites_its_state():
+    x, dt, A, B, C, D, state = make_inputs(2, 1, 4, 2, 8, 16)
+    token = x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0]
+    mine, theirs = state.clone(), state.clone()
+    y = torch.compile(ssd_step_, fullgraph=True, backend='aot_eager')(*token, mine, D=D)
+    assert torch.equal(y, ssd_step_(*token, theirs, D=D)) and torch.equal(mine, theirs)
+    assert not torch.equal(mine, state)
+
+
 def test_states_in_half_precision_are_taken_as_fp32():
     x, dt, A, B, C, D, state = make_inputs(1, 20, 2, 1, 8, 8, dtype=torch.bfloat16)
     state = state.bfloat16().requires_grad_()

@@ -159,7 +159,7 @@ class Plan:
         self.state_dtype = torch.bfloat16 if ct.name == 'bf16' else torch.float32
         scratch = SAFE_PARTS * self.n_chunks if self.sweep else kinds * self.n_chunks
         self.state_shape = (scratch * H, vp, cfg.bk)
-        self.total_shape = (2, kinds * H * self.n_chunks, cfg.bk)
+        self.total_shape = (kinds * H * self.n_chunks, cfg.bk)
         self.seg_shape = (kinds * H * self.n_segs, vp, cfg.bk)
 
         unit = alignment(*(x for x in (q, k, v, do) if x is not None))
@@ -240,7 +240,8 @@ class _Run:
         self.states = torch.empty(steps.state_shape, dtype=steps.state_dtype, device=device)
         self.totals = self.prefix = self.seg_state = self.seg_total = q
         if steps.gate and not steps.sweep:
-            self.totals, self.prefix = torch.empty(steps.total_shape, dtype=torch.float32, device=device)
+            self.totals = torch.empty(steps.total_shape, dtype=torch.float32, device=device)
+            self.prefix = torch.empty(steps.total_shape, dtype=torch.float32, device=device)
         # The kernels' code must not depend on whether there are several segments: same types in both cases.
         if steps.several:
             self.seg_state = torch.empty(steps.seg_shape, dtype=torch.float32, device=device)
