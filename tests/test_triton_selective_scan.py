@@ -148,6 +148,26 @@ def test_public_ops_take_the_kernels():
 
 
 @inner
+def test_gradients_of_the_public_ops():
+    """Plain eager tensors take the short way in; gradients lie in memory as what they belong to."""
+    sequence = [torch.randn(2, 5, 6).mT, torch.randn(2, 6, 5), -torch.rand(2, 6).T, *torch.randn(2, 2, 2, 2, 5)]
+    parameters = torch.randn(2, 5, 6), torch.randn(2, 6, 3), torch.randn(2, 6), torch.zeros(12, 1), torch.randn(12)
+    over_map = [torch.randn(1, 3, 4, 6).permute(0, 3, 1, 2), *parameters]
+    cases = [
+        (lambda *args: selective_scan(*args[:5], delta_bias=args[5], delta_softplus=True), [*sequence, torch.randn(6)]),
+        (lambda *args: selective_scan_2d(*args, directions=2), over_map),
+    ]
+    for op, tensors in cases:
+        results = []
+        for backend in ('torch', 'triton'):
+            leaves = [t.detach().requires_grad_() for t in tensors]
+            with zoo.kernel_backend(backend):
+                results.append(torch.autograd.grad(op(*leaves).square().sum(), leaves))
+        for wanted, got, t in zip(*results, tensors):
+            assert rms(got, wanted) < 1e-5 and got.stride() == t.stride()
+
+
+@inner
 def test_softplus_and_its_slope():
     x = torch.cat([torch.linspace(-60, 60, 3000), torch.tensor([0.0, -87.0, 88.0, 1e4, -1e4])])
     x = torch.cat([x, x.new_zeros(4096 - len(x))])
