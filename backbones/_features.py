@@ -14,6 +14,7 @@ from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import MATCH_PREV_GROUP
 from torch import Tensor, nn
+from zoo.backbones._folding import to_channels_last
 from zoo.backbones._layers import Normed, Pending, PreNormBlock, add_pending, add_then_norm
 
 __all__ = ['PyramidMixin', 'TokenMixin', 'published_weights', 'squeeze_linears', 'unwrap_checkpoint']
@@ -214,7 +215,7 @@ class PyramidMixin(_CommonMixin):
         return dict(stem=r'^patch_embed', blocks=blocks)
 
     def stem(self, x: Tensor) -> Tensor:
-        return self.patch_embed(x)
+        return self.patch_embed(to_channels_last(x))
 
     def stage_parts(self) -> list[tuple[Sequence[nn.Module], Sequence[nn.Module]]]:
         entries = [[], *([stage.downsample] for stage in self.layers[:-1])]

@@ -136,17 +136,15 @@ class LinearSelfAttention(Attention):
             bias = weight.new_zeros(len(weight)) if linear.bias is None else wide(linear.bias)
             weights.append(weight)
             biases.append(bias + weight @ wide(mlp[3].bias) if inner and mlp is not None else bias)
-        folded = {'qkv': torch.cat(weights), 'bias': torch.cat(biases)}
+        folded = {}
         if inner:
             mlps = (self.to_q_, self.to_k_)
-            outs = [weight @ wide(mlp[3].weight) for weight, mlp in zip(weights, mlps)]
-            middle, dim = outs[0].shape[1], len(outs[0])
-            # narrow MLPs: half of the one product is with zeros, which costs less than a second launch
-            folded['out'] = torch.block_diag(*outs) if 4 * middle <= dim else torch.stack(outs)
-            folded['in'] = torch.cat([wide(mlp[0].weight) for mlp in mlps])
-            folded['in_bias'] = torch.cat([wide(mlp[0].bias) for mlp in mlps])
+            folded['out'] = torch.stack([(weight @ wide(mlp[3].weight)).T for weight, mlp in zip(weights, mlps)])
+            weights += [wide(mlp[0].weight) for mlp in mlps]
+            biases += [wide(mlp[0].bias) for mlp in mlps]
             folded['norm'] = torch.stack([wide(mlp[1].weight) for mlp in mlps])
             folded['norm_bias'] = torch.stack([wide(mlp[1].bias) for mlp in mlps])
+        folded |= {'in': torch.cat(weights), 'in_bias': torch.cat(biases)}
         for name, x in folded.items():
             self.register_buffer(f'folded_{name}', x.to(self.to_q.weight.dtype), persistent=False)
 
@@ -182,22 +180,17 @@ class LinearSelfAttention(Attention):
             self.fuse_projections(False)  # what has changed may change back in a way that torch does not count
         return self._folded_from is not None
 
-    def _folded(self, x: Tensor) -> Tensor:
-        """Queries, keys and values side by side, (B, N, 3 dim)."""
-        qkv = F.linear(x, self.folded_qkv, self.folded_bias)
-        if 'folded_in' not in self._buffers:
-            return qkv
-        norm = self.to_q_[1]
-        a = F.linear(x, self.folded_in, self.folded_in_bias).unflatten(-1, self.folded_norm.shape)
-        a = leaky_layer_norm(a, self.folded_norm, self.folded_norm_bias, norm.eps, self.to_q_[2].negative_slope)
-        rows, dim, middle = qkv.flatten(0, 1), self.to_q.weight.shape[0], a.shape[-1]
-        a = a.flatten(2).flatten(0, 1)
-        if self.folded_out.ndim == 2:
-            rows[:, : 2 * dim].addmm_(a, self.folded_out.mT)
-        else:
-            for i in range(2):
-                rows[:, i * dim : (i + 1) * dim].addmm_(a[:, i * middle : (i + 1) * middle], self.folded_out[i].mT)
-        return qkv
+    def _folded(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values per head, each (B, N, H, D), in one tensor."""
+        dim = self.to_v.weight.shape[0]
+        y = F.linear(x, self.folded_in, self.folded_in_bias)  # and what goes into the norms of the MLPs
+        if 'folded_out' in self._buffers:
+            norm = self.to_q_[1]
+            a = y[..., 3 * dim :].unflatten(-1, self.folded_norm.shape)
+            a = leaky_layer_norm(a, self.folded_norm, self.folded_norm_bias, norm.eps, self.to_q_[2].negative_slope)
+            qk = y.flatten(0, 1)[:, : 2 * dim].unflatten(-1, (2, dim)).transpose(0, 1)
+            qk.baddbmm_(a.flatten(0, 1).transpose(0, 1), self.folded_out)
+        return y[..., : 3 * dim].unflatten(-1, (3, self.heads, -1)).unbind(2)
 
     def forward(
         self,
@@ -218,12 +211,12 @@ class LinearSelfAttention(Attention):
         if hidden_states.ndim != 3:
             raise ValueError(f'linear self-attention takes (B, N, dim), got {tuple(hidden_states.shape)}')
         x = hidden_states
-        split = lambda y: y.unflatten(-1, (self.heads, -1))  # noqa: E731  (B, N, H, D)
         if self._uses_folded(x.device.type):
-            q, k, v = self._folded(x).chunk(3, -1)
+            q, k, v = self._folded(x)
         else:
-            q, k, v = self.to_q(x + self.to_q_(x)), self.to_k(x + self.to_k_(x)), self.to_v(x)
-        o = linear_attention(split(q), split(k), split(v), eps=EPS, elu=True)
+            parts = self.to_q(x + self.to_q_(x)), self.to_k(x + self.to_k_(x)), self.to_v(x)
+            q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in parts)  # (B, N, H, D)
+        o = linear_attention(q, k, v, eps=EPS, elu=True)
         return self.to_out[1](self.to_out[0](o.flatten(2)))
 
     def adopt(self, teacher: Attention) -> None:

@@ -21,7 +21,7 @@ from timm.layers import DropPath, SEModule, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_function
 from torch import Tensor, nn
 from zoo.backbones._features import PyramidMixin, published_weights, unwrap_checkpoint
-from zoo.backbones._folding import Conv, ConvBN, Residual, conv2d, fold, fuse_children, pad_widths, to_channels_last
+from zoo.backbones._folding import Conv, ConvBN, Residual, conv2d, fold, fuse_children, pad_widths
 from zoo.kernels.selective_scan import selective_scan_2d
 from zoo.kernels.wavelet import haar_signs, wavelet_conv2d
 
@@ -407,9 +407,6 @@ class MobileMamba(PyramidMixin, nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict:
         blocks = r'^blocks(\d+)' if coarse else r'^blocks(\d+)\.(\d+)'
         return dict(stem=r'^patch_embed', blocks=[(blocks, None), (r'^head(?:_dist)?\.bn', (99999,))])
-
-    def stem(self, x: Tensor) -> Tensor:
-        return self.patch_embed(to_channels_last(x))
 
     def stage_parts(self) -> list[tuple[Sequence[nn.Module], Sequence[nn.Module]]]:
         stages = [list(getattr(self, f'blocks{s + 1}')) for s in range(self.num_stages)]

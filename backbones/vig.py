@@ -18,6 +18,7 @@ from timm.layers import DropPath, to_2tuple, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_function
 from torch import Tensor, nn
 from zoo.backbones._features import PyramidMixin, TokenMixin, published_weights, squeeze_linears
+from zoo.backbones._folding import to_channels_last
 from zoo.backbones._layers import LayerNorm, LayerNorm2d, RMSNorm, is_bare
 from zoo.backbones._vig_block import HierSwiGLU, SwiGLU, ViGMixer, ViGPreNormBlock, swiglu_width
 from zoo.kernels import _dispatch
@@ -72,7 +73,7 @@ class ViGPatchEmbed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.is_fused(x):
             return self.fused(x, None, (0, 0))
-        return self.proj(x).permute(0, 2, 3, 1)
+        return self.proj(to_channels_last(x)).permute(0, 2, 3, 1)
 
     def is_fused(self, x: Tensor) -> bool:
         """Whether the first convolution of these images and what follows it is one kernel."""

@@ -44,6 +44,8 @@ class Op:
         fake: shapes and dtypes of its results.
         setup: `setup_context(ctx, inputs, output)` as autograd functions have it.
         backward: `backward(ctx, *grads)`; gradients of unused results are None.
+        any_strides: whether the compiler may choose the strides of the arguments: the results' strides must not depend
+            on them. Otherwise it copies what does not lie as it would in eager mode.
     """
 
     def __init__(
@@ -53,9 +55,11 @@ class Op:
         fake: Callable,
         setup: Callable | None = None,
         backward: Callable | None = None,
+        any_strides: bool = False,
     ):
         self._forward = forward
-        self.custom = torch.library.custom_op(name, forward, mutates_args=())
+        tags = (torch.Tag.flexible_layout,) if any_strides else ()
+        self.custom = torch.library.custom_op(name, forward, mutates_args=(), tags=tags)
         self.custom.register_fake(fake)
         self._function = None
         if backward is not None:

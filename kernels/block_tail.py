@@ -98,7 +98,7 @@ def _fake(o, stream, local, gate, gate_bias, w_global, w_local, mix_eps, silu, w
     return stream.new_empty(stream.shape), o.new_empty(0 if w_next is None else stream.shape)
 
 
-_op = Op('zoo::block_tail', _forward, _fake)
+_op = Op('zoo::block_tail', _forward, _fake, any_strides=True)
 
 
 @register_flop_formula(torch.ops.zoo.block_tail)

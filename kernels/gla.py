@@ -136,8 +136,8 @@ def _gla_gradients(ctx, do, dfinal):
     return dq, dk, dv, None if g is None else dg, None, None if initial_state is None else dinitial, None, None, None
 
 
-_gla_backward_op = Op('zoo::gated_linear_attention_backward', _gla_backward, _gla_backward_fake)
-_gla_op = Op('zoo::gated_linear_attention', _gla_forward, _gla_fake, _gla_setup, _gla_gradients)
+_gla_backward_op = Op('zoo::gated_linear_attention_backward', _gla_backward, _gla_backward_fake, any_strides=True)
+_gla_op = Op('zoo::gated_linear_attention', _gla_forward, _gla_fake, _gla_setup, _gla_gradients, any_strides=True)
 
 
 def _bidirectional_forward(
@@ -185,7 +185,7 @@ def _bidirectional_gradients(ctx, do):
 
 
 _bidirectional_backward_op = Op(
-    'zoo::bidirectional_gla_backward', _bidirectional_backward, _bidirectional_backward_fake
+    'zoo::bidirectional_gla_backward', _bidirectional_backward, _bidirectional_backward_fake, any_strides=True
 )
 _bidirectional_op = Op(
     'zoo::bidirectional_gla',
@@ -193,6 +193,7 @@ _bidirectional_op = Op(
     lambda q, k, v, *_: v.new_empty(v.shape),
     _bidirectional_setup,
     _bidirectional_gradients,
+    any_strides=True,
 )
 
 

@@ -112,8 +112,10 @@ def _linear_gradients(ctx, do, *_):
     return *_linear_backward_op(*ctx.saved_tensors, do, *ctx.options), None, None, None
 
 
-_linear_backward_op = Op('zoo::linear_attention_backward', _linear_backward, _linear_backward_fake)
-_linear_op = Op('zoo::linear_attention', _linear_forward, _linear_fake, _linear_setup, _linear_gradients)
+_linear_backward_op = Op('zoo::linear_attention_backward', _linear_backward, _linear_backward_fake, any_strides=True)
+_linear_op = Op(
+    'zoo::linear_attention', _linear_forward, _linear_fake, _linear_setup, _linear_gradients, any_strides=True
+)
 
 
 def _rank_forward(
@@ -172,8 +174,8 @@ def _rank_gradients(ctx, dy, *_):
     return *(None if x is None else grad for x, grad in zip(saved, grads)), None, None, None
 
 
-_rank_backward_op = Op('zoo::rank_augmented_backward', _rank_backward, _rank_backward_fake)
-_rank_op = Op('zoo::rank_augmented', _rank_forward, _rank_fake, _rank_setup, _rank_gradients)
+_rank_backward_op = Op('zoo::rank_augmented_backward', _rank_backward, _rank_backward_fake, any_strides=True)
+_rank_op = Op('zoo::rank_augmented', _rank_forward, _rank_fake, _rank_setup, _rank_gradients, any_strides=True)
 
 
 def _implementation(family: str, q: Tensor, k: Tensor, v: Tensor):

@@ -93,8 +93,9 @@ _gates_backward_op = Op(
     'zoo::log_gates_backward',
     _gates_backward,
     lambda r, weight, bias, *_: tuple(x.new_empty(x.shape) for x in (r, weight, bias)),
+    any_strides=True,
 )
-_gates_op = Op('zoo::log_gates', _gates_forward, _gates_fake, _gates_setup, _gates_gradients)
+_gates_op = Op('zoo::log_gates', _gates_forward, _gates_fake, _gates_setup, _gates_gradients, any_strides=True)
 
 
 def _mix_forward(
@@ -144,8 +145,15 @@ def _mix_gradients(ctx, dy):
     return do, dlocal, dgate, None if saved[3] is None else dbias, dw_global, dw_local, None, None, None
 
 
-_mix_backward_op = Op('zoo::gated_local_mix_backward', _mix_backward, _mix_backward_fake)
-_mix_op = Op('zoo::gated_local_mix', _mix_forward, lambda o, *_: o.new_empty(o.shape), _mix_setup, _mix_gradients)
+_mix_backward_op = Op('zoo::gated_local_mix_backward', _mix_backward, _mix_backward_fake, any_strides=True)
+_mix_op = Op(
+    'zoo::gated_local_mix',
+    _mix_forward,
+    lambda o, *_: o.new_empty(o.shape),
+    _mix_setup,
+    _mix_gradients,
+    any_strides=True,
+)
 
 
 def _gates_flops(passes: int):

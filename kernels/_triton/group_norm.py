@@ -49,12 +49,9 @@ def gn_kernel_sums(x, sums, S, per, parts, units, A: tl.constexpr, BT: tl.conste
     tl.store(sums + C, tl.sum(two, 0), mask=ok)
 
 
-@triton.jit(do_not_specialize=_SIZES)
-def gn_kernel_statistics(x, sums, mean, rstd, S, parts, units, groups, size, eps, A: tl.constexpr, BP: tl.constexpr,
-                         BC: tl.constexpr):  # fmt: skip
-    """Of one group: `size` channels."""
-    g, b, C = tl.program_id(0), tl.program_id(1).to(tl.int64), units * A
-    ok, cols = tl.arange(0, BC) < size, g * size + tl.arange(0, BC)
+@triton.jit
+def joined(sums, b, parts, C, cols, ok, BP: tl.constexpr, BC: tl.constexpr):
+    """The two sums of a sample's channels `cols`, over all parts."""
     one, two = tl.zeros((BP, BC), tl.float32), tl.zeros((BP, BC), tl.float32)
     for p in range(0, parts, BP):
         rows = p + tl.arange(0, BP)
@@ -62,10 +59,19 @@ def gn_kernel_statistics(x, sums, mean, rstd, S, parts, units, groups, size, eps
         at = sums + (b * parts + rows)[:, None] * 2 * C + cols[None, :]
         one += tl.load(at, mask=inside, other=0.0)
         two += tl.load(at + C, mask=inside, other=0.0)
+    return tl.sum(one, 0), tl.sum(two, 0)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def gn_kernel_statistics(x, sums, mean, rstd, S, parts, units, groups, size, eps, A: tl.constexpr, BP: tl.constexpr,
+                         BC: tl.constexpr):  # fmt: skip
+    """Of one group: `size` channels."""
+    g, b, C = tl.program_id(0), tl.program_id(1).to(tl.int64), units * A
+    ok, cols = tl.arange(0, BC) < size, g * size + tl.arange(0, BC)
+    sum1, sum2 = joined(sums, b, parts, C, cols, ok, BP, BC)
     count = S.to(tl.float32)
-    sum1 = tl.sum(one, 0)
     centre = tl.load(x + b * S * C + cols, mask=ok, other=0.0).to(tl.float32) + sum1 / count
-    spread = tl.sum(tl.sum(two, 0) - sum1 * sum1 / count, 0)
+    spread = tl.sum(sum2 - sum1 * sum1 / count, 0)
     middle = tl.sum(tl.where(ok, centre, 0.0), 0) / size
     off = tl.where(ok, centre - middle, 0.0)
     variance = (spread + count * tl.sum(off * off, 0)) / (count * size)
@@ -138,14 +144,7 @@ def gn_kernel_gradient_means(sums, total, means, weight, S, parts, units, groups
     """Of one group: sums over pixels per channel, and their means over the group, times weight."""
     g, b, C = tl.program_id(0), tl.program_id(1).to(tl.int64), units * A
     ok, cols = tl.arange(0, BC) < size, g * size + tl.arange(0, BC)
-    one, two = tl.zeros((BP, BC), tl.float32), tl.zeros((BP, BC), tl.float32)
-    for p in range(0, parts, BP):
-        rows = p + tl.arange(0, BP)
-        inside = (rows < parts)[:, None] & ok[None, :]
-        at = sums + (b * parts + rows)[:, None] * 2 * C + cols[None, :]
-        one += tl.load(at, mask=inside, other=0.0)
-        two += tl.load(at + C, mask=inside, other=0.0)
-    sum1, sum2 = tl.sum(one, 0), tl.sum(two, 0)
+    sum1, sum2 = joined(sums, b, parts, C, cols, ok, BP, BC)
     tl.store(total + b * 2 * C + cols, sum1, mask=ok)
     tl.store(total + b * 2 * C + C + cols, sum2, mask=ok)
     if weight is not None:

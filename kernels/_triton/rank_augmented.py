@@ -66,7 +66,7 @@ def config(dtype: torch.dtype, D: int, backward: bool) -> Config:
         return Config(bk, bv, ceil_div(D, bv), options, options)
     if bk <= 64:
         if backward:  # four programs a multiprocessor hide more of the chain of products and sums than wide tiles do
-            return Config(bk, bk, 1, Options(16, 4, 3, registers=128), Options(32, 4, 3))
+            return Config(bk, bk, 1, Options(16, 4, 3, registers=128), Options(16, 1, 3))
         return Config(bk, bk, 1, Options(32, 4, 3, registers=128), Options(64, 4, 3))
     if not backward:
         return Config(bk, bk, 1, Options(32, 8, 2), Options(32, 4, 2))

@@ -38,6 +38,8 @@ SIZES = (512, 1024, 2048, 4096, 8192, 16384)
 MODES = ('eager', 'captured', 'compiled', 'compiled captured')
 ROWS = ('sdpa', 'sdpa fused', 'sdpa fast', 'linfusion', 'linfusion fused', 'linfusion fast', 'formula', 'none')
 MODELS = ('sd15', 'sdxl')
+# cuDNN is asked for the fastest convolution up to this size; beyond, it tries some that take minutes.
+SEARCHED = 4096
 _SETTINGS = ('dtype', 'sizes', 'batch', 'rows', 'modes', 'quick', 'row_seconds')
 # What a step is tried with: batch (None: the one asked for), pieces of the feed-forward layers.
 _ATTEMPTS = ((None, 1), (1, 1), (1, 8))
@@ -104,6 +106,7 @@ def _attempt(unet, mode: str, size: int, batch: int, pieces: int, args: argparse
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     torch._dynamo.reset()
+    torch.backends.cudnn.benchmark = args.cudnn_benchmark and size <= SEARCHED  # what it was is put back by the caller
     model = torch.compile(unet, dynamic=False) if 'compiled' in mode else unet
     with torch.no_grad(), savings(unet, Savings(chunk_feed_forward=pieces)):
         step = _Step(model, step_inputs(unet, size, batch))
@@ -112,7 +115,8 @@ def _attempt(unet, mode: str, size: int, batch: int, pieces: int, args: argparse
             found['profile'] = _profile(step)
     if gpu:
         found['peak_gb'] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
-    return found | {'batch': batch} | ({'feed_forward_pieces': pieces} if pieces > 1 else {})
+    found |= {'batch': batch, 'cudnn_benchmark': torch.backends.cudnn.benchmark}
+    return found | ({'feed_forward_pieces': pieces} if pieces > 1 else {})
 
 
 def _profile(step: Callable) -> dict:
@@ -282,6 +286,7 @@ def bench_unet(args: argparse.Namespace) -> dict:
     _chosen(args)
     import zoo.diffusion  # noqa: F401  says what to install
 
+    args.cudnn_benchmark = torch.backends.cudnn.benchmark
     args.torch_dtype = {'bf16': torch.bfloat16, 'fp16': torch.float16, 'fp32': torch.float32}[args.dtype]
     rates = gpu_rates(args.device)
     settings = {key: getattr(args, key) for key in _SETTINGS} | {'compile': 'compiled' in ' '.join(args.modes)}
