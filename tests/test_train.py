@@ -436,3 +436,32 @@ def test_digits_module_needs_no_trainer():
     data = Digits(batch_size=4, num_workers=0, view=View(size=8))
     data.setup()
     assert next(iter(data.test_dataloader()))['image'].shape == (4, 3, 8, 8)
+
+
+def write_classes(folder, names):
+    for split in ('train', 'val'):
+        for number, name in enumerate(names):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(2):
+                Image.new('RGB', (16, 16), (120 * number, 60, 90)).save(folder / split / name / f'{i}.png')
+    return folder
+
+
+def test_a_checkpoint_meets_data_with_other_classes(here, capsys):
+    """Labels are positions: the same name in another place would be counted as wrong, or worse, as right."""
+    first = write_classes(here / 'first', ['ant', 'bee', 'cat'])
+    folders = ['--data=zoo.data.ImageFolder', '--data.view.size=16', '--data.num_workers=0', '--data.batch_size=2']
+    common = [*folders, *TRAINER, '--run.threads=1', '--run.test_after_fit=false']
+    assert main(['fit', *MODEL, '--model.num_classes=3', *common, f'--data.path={first}']) == 0
+    last = ['--ckpt_path', 'runs/run/checkpoints/last.ckpt']
+    for verb in ('validate', 'fit'):
+        other = write_classes(here / f'{verb}-shifted', ['aardvark', 'ant', 'bee'])
+        assert main([verb, *last, f'--data.path={other}']) == 2
+        assert "'ant' is number 1 here and number 0 there" in capsys.readouterr().err
+    renamed = write_classes(here / 'renamed', ['ant', 'bee', 'cow'])
+    changed = [f'--data.path={renamed}', '--data.view.crop_pct=0.5', '--data.batch_size=3']
+    with pytest.warns(UserWarning) as told:
+        assert main(['validate', *last, *changed]) == 0
+    words = ' '.join(str(w.message) for w in told)
+    assert "number 2 is 'cow', not 'cat'" in words and 'crop_pct 0.875 (now 0.5)' in words
+    assert 'images of this epoch' not in words

@@ -252,6 +252,7 @@ class Classify(FittingModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint.get('zoo') or {}
+        self.check_checkpoint(saved)
         self.class_names, self.view = saved.get('class_names') or self.class_names, saved.get('view') or self.view
         theirs = checkpoint.get('hyper_parameters', {})
         theirs = {'head': 'linear', **theirs}  # from before there were others

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from zoo.data.seeding import run_seed, seed_all
 from zoo.errors import RunError, ZooError
 from zoo.tasks.nonfinite import first_nonfinite
-from zoo.tasks.optim import UpdateSchedule, fit_optimizer
+from zoo.tasks.optim import UpdateSchedule, as_plain, fit_optimizer
 
 __all__ = ['FittingModule']
 
@@ -41,6 +42,36 @@ class FittingModule(LightningModule):
                 f'the data has {data.num_classes} classes, the model {self.num_classes}: set '
                 f'--model.num_classes {data.num_classes}'
             )
+
+    def check_checkpoint(self, saved: dict[str, Any]) -> None:
+        """Compares classes and preparation of images between a checkpoint and the data that it meets.
+
+        Args:
+            saved: Its `class_names` and `view`, as far as it has them.
+
+        Raises:
+            ZooError: one class has one number in the checkpoint and another in the data.
+        """
+        data = getattr(self._trainer, 'datamodule', None)
+        theirs, ours = list(saved.get('class_names') or []), list(getattr(data, 'class_names', None) or [])
+        numbers = [str(i) for i in range(len(ours))]  # what stands for names where there are none
+        if len(ours) == len(theirs) and theirs != ours and numbers not in (theirs, ours):
+            for number, name in enumerate(ours):
+                if name in theirs and theirs[number] != name:
+                    raise ZooError(
+                        f'the classes of the data have another order than those of the checkpoint: {name!r} is number '
+                        f'{number} here and number {theirs.index(name)} there'
+                    )
+            number, there, here = next((i, *pair) for i, pair in enumerate(zip(theirs, ours)) if pair[0] != pair[1])
+            warnings.warn(
+                f'the data has other class names than the checkpoint: number {number} is {here!r}, not {there!r}',
+                stacklevel=2,
+            )
+        view, mine = saved.get('view') or {}, as_plain(getattr(data, 'view', None)) or {}
+        changed = [k for k, v in view.items() if k in mine and _listed(mine[k]) != _listed(v)]
+        if changed:
+            told = ', '.join(f'{k} {_listed(view[k])} (now {_listed(mine[k])})' for k in changed)
+            warnings.warn(f'the checkpoint was trained with another data.view: {told}', stacklevel=2)
 
     def configure_optimizers(self) -> dict[str, Any]:
         return fit_optimizer(self.trainer, self.trained, self.optim, self.schedule)
@@ -83,3 +114,7 @@ class FittingModule(LightningModule):
 
     def seed_step(self, batch_idx: int) -> None:
         seed_all(run_seed(), self.current_epoch, batch_idx, self.global_rank)
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, (tuple, list)) else value
