@@ -181,6 +181,8 @@ MISTAKES = {
     'checkpoint': ([*TINY, '--ckpt_path=gone.ckpt'], 'no such checkpoint: gone.ckpt'),
     'no run': (['test', '--config=quickstart', '--ckpt_path=best'], 'no run of quickstart'),
     'images': (['predict', '--config=quickstart'], '--images FILE_OR_FOLDER'),
+    'one class': ([*TINY, '--model.num_classes=1'], 'num_classes must be at least 2, not 1'),
+    'half average': ([*TINY, '--model.ema={decay: 0.9}', '--trainer.precision=bf16-true'], 'precision bf16-mixed'),
     'teacher': ([*TINY, '--model.distill.teacher=test_vitt'], 'test_vitt'),
 }  # fmt: skip
 
@@ -465,3 +467,23 @@ def test_a_checkpoint_meets_data_with_other_classes(here, capsys):
     words = ' '.join(str(w.message) for w in told)
     assert "number 2 is 'cow', not 'cat'" in words and 'crop_pct 0.875 (now 0.5)' in words
     assert 'images of this epoch' not in words
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_metrics_add_up_in_fp32(dtype):
+    task = Classify('test_vit', num_classes=3).to(dtype=dtype)
+    loss = task.val_metrics['loss']
+    for _ in range(400):
+        loss.update(torch.tensor(1.2345), weight=257)
+    assert task.net.get_classifier().weight.dtype == dtype
+    assert float(loss.compute()) == pytest.approx(1.2345, rel=1e-5)
+
+
+def test_resume_with_another_optimizer_or_head(run, here, capsys):
+    last = ['--ckpt_path', str(run[0] / 'checkpoints' / 'last.ckpt')]
+    kept = {name: (run[0] / name).read_bytes() for name in ('config.yaml', 'metrics.csv')}
+    mistakes = (('--model.optim.name=lion', 'optim.name adamw'), ('--model.freeze=backbone', 'model.freeze None'))
+    for change, message in mistakes:
+        assert main(['fit', *last, '--trainer.max_epochs=2', change]) == 2
+        assert message in capsys.readouterr().err
+        assert kept == {name: (run[0] / name).read_bytes() for name in kept}

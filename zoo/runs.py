@@ -232,11 +232,18 @@ class ZooParser(LightningArgumentParser):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Saves the resolved config in the run folder: a file that starts the same run again."""
+    """Saves the resolved config in the run folder: a file that starts the same run again.
+
+    It waits for training to begin: a config that a checkpoint of the run refuses leaves the run's own in place.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        pass
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().setup(trainer, pl_module, 'fit')
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != 'fit':
-            return
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         config = self.config.clone()

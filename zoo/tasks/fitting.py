@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
+from torchmetrics import Metric
 
 from zoo.data.seeding import run_seed, seed_all
 from zoo.errors import RunError, ZooError
@@ -15,6 +17,8 @@ from zoo.tasks.nonfinite import first_nonfinite
 from zoo.tasks.optim import UpdateSchedule, as_plain, fit_optimizer
 
 __all__ = ['FittingModule']
+
+_HALF = (torch.float16, torch.bfloat16)
 
 
 class FittingModule(LightningModule):
@@ -31,6 +35,14 @@ class FittingModule(LightningModule):
         """What the optimizer and the average are of."""
         return self.net
 
+    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> FittingModule:
+        """Metrics stay in fp32 where `bf16-true` converts the module: in bf16 a sum soon stands still."""
+        super()._apply(fn, *args, **kwargs)
+        for module in self.modules():
+            if isinstance(module, Metric) and module.dtype in _HALF:
+                module.set_dtype(torch.float32)
+        return self
+
     def check_classes(self, data: Any) -> None:
         """Refuses data with another number of classes than the model's; 0 stands for data that does not know.
 
@@ -43,15 +55,23 @@ class FittingModule(LightningModule):
                 f'--model.num_classes {data.num_classes}'
             )
 
-    def check_checkpoint(self, saved: dict[str, Any]) -> None:
-        """Compares classes and preparation of images between a checkpoint and the data that it meets.
+    def check_checkpoint(self, saved: dict[str, Any], hparams: dict[str, Any]) -> None:
+        """Compares a checkpoint with the run that goes on from it and with the data that it meets.
 
         Args:
             saved: Its `class_names` and `view`, as far as it has them.
+            hparams: Its hyper-parameters.
 
         Raises:
-            ZooError: one class has one number in the checkpoint and another in the data.
+            ZooError: it was trained with another optimizer, or one class has one number there and another in the data.
         """
+        fitting = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
+        theirs = (hparams.get('optim') or {}).get('name', self.optim.name)
+        if fitting and theirs != self.optim.name:
+            raise ZooError(
+                f'the checkpoint was trained with model.optim.name {theirs}, whose state {self.optim.name} cannot take '
+                'over: a resumed run keeps its optimizer'
+            )
         data = getattr(self._trainer, 'datamodule', None)
         theirs, ours = list(saved.get('class_names') or []), list(getattr(data, 'class_names', None) or [])
         numbers = [str(i) for i in range(len(ours))]  # what stands for names where there are none
@@ -74,6 +94,11 @@ class FittingModule(LightningModule):
             warnings.warn(f'the checkpoint was trained with another data.view: {told}', stacklevel=2)
 
     def configure_optimizers(self) -> dict[str, Any]:
+        if self.ema is not None and any(p.dtype in _HALF for p in self.ema.parameters()):
+            raise ZooError(
+                f'model.ema needs weights in fp32, not {self.trainer.precision}: an average in half precision does not '
+                'move. Set --trainer.precision bf16-mixed, or --model.ema null'
+            )
         return fit_optimizer(self.trainer, self.trained, self.optim, self.schedule)
 
     def lr_scheduler_step(self, scheduler: UpdateSchedule, metric: Any) -> None:
