@@ -15,7 +15,7 @@ import zoo
 from zoo.checkpoints import load_net, read_checkpoint
 from zoo.cli import main
 from zoo.data import Digits, View
-from zoo.runs import fresh_run, newest_run, resolve_config, spell_null
+from zoo.runs import fresh_run, newest_run, one_device, resolve_config, spell_null
 from zoo.tasks import Classify, Distill, Optim, Schedule
 from zoo.tasks.classify import Ema, Mix, build_ema, build_loss
 from zoo.tasks.distill import Teacher
@@ -81,7 +81,10 @@ def test_printed_predict_command(run, here):
     folder, lines = run
     arguments = lines[-1].split(' predict ')[1].split()
     (here / 'bad.jpg').write_bytes(b'no')
-    assert main(['predict', *arguments, 'bad.jpg', '--output=out']) == 0
+    # a run of many processes: shares of the images would overwrite one another's tables
+    assert (
+        main(['predict', *arguments, 'bad.jpg', '--output=out', '--trainer.devices=2', '--trainer.strategy=ddp']) == 0
+    )
     with open('out/predictions.csv', newline='') as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 13 and rows[-1]['error'] and not rows[-1]['prediction_1']
@@ -93,6 +96,11 @@ def test_printed_predict_command(run, here):
     assert rows[0]['prediction_1'] == about['class_names'][probability.argmax()]
     assert float(rows[0]['confidence_1']) == pytest.approx(probability.max().item(), abs=1e-3)
     assert Image.open('out/contact_sheet.png').width > 500
+
+
+@pytest.mark.parametrize('given, used', [('auto', 1), (8, 1), (-1, 1), ('3', 1), ([2, 3], [2]), ('2,3', [2])])
+def test_predict_takes_one_device(given, used):
+    assert one_device(given) == used
 
 
 def test_test_and_validate_a_checkpoint(run, here, capsys):

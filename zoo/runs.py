@@ -373,6 +373,8 @@ class ZooCLI(LightningCLI):
         else:
             kwargs['logger'] = False
             kwargs['enable_checkpointing'] = False
+        if self.subcommand == 'predict':  # one process writes one table: others would overwrite it with their shares
+            kwargs.update(devices=one_device(config.get('devices')), num_nodes=1, strategy='auto')
         if self.subcommand != 'predict' and hasattr(self.model, 'report_callback'):
             callbacks.append(self._report_callback())
         if config.get('enable_progress_bar') is None:
@@ -494,6 +496,13 @@ class ZooCLI(LightningCLI):
 
     def _test_folder(self) -> Path:
         return Path(self._get(self.config_init, 'output') or self.run_dir / 'report')
+
+
+def one_device(devices: Any) -> Any:
+    """The first of the devices that a trainer is given: of those named, or any."""
+    if isinstance(devices, str) and ',' in devices:
+        devices = [int(d) for d in devices.split(',') if d.strip()]
+    return [devices[0]] if isinstance(devices, (list, tuple)) and devices else 1
 
 
 # words
