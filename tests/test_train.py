@@ -82,9 +82,8 @@ def test_printed_predict_command(run, here):
     arguments = lines[-1].split(' predict ')[1].split()
     (here / 'bad.jpg').write_bytes(b'no')
     # a run of many processes: shares of the images would overwrite one another's tables
-    assert (
-        main(['predict', *arguments, 'bad.jpg', '--output=out', '--trainer.devices=2', '--trainer.strategy=ddp']) == 0
-    )
+    two = ['--trainer.devices=2', '--trainer.strategy=ddp']
+    assert main(['predict', *arguments, 'bad.jpg', '--output=out', *two]) == 0
     with open('out/predictions.csv', newline='') as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 13 and rows[-1]['error'] and not rows[-1]['prediction_1']
