@@ -474,6 +474,10 @@ def test_a_checkpoint_meets_data_with_other_classes(here, capsys):
     words = ' '.join(str(w.message) for w in told)
     assert "number 2 is 'cow', not 'cat'" in words and 'crop_pct 0.875 (now 0.5)' in words
     assert 'images of this epoch' not in words
+    (renamed / 'val' / 'ant' / '0.png').write_bytes(b'no image')
+    with pytest.warns(RuntimeWarning, match='skipped unreadable'):
+        assert main(['validate', *last, *changed]) == 0
+    assert '1 unreadable images were skipped\nvalidation accuracy' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])

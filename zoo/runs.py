@@ -411,11 +411,13 @@ class ZooCLI(LightningCLI):
 
     def test(self, model: LightningModule, **kwargs: Any) -> None:
         self.trainer.test(model, weights_only=True, verbose=False, **kwargs)
+        self._say_left_out()
         say(model.headline('test', self.trainer.callback_metrics))
         say(f'report: {self._test_folder()}/')
 
     def validate(self, model: LightningModule, **kwargs: Any) -> None:
         self.trainer.validate(model, weights_only=True, verbose=False, **kwargs)
+        self._say_left_out()
         say(model.headline('val', self.trainer.callback_metrics))
 
     def predict(self, model: LightningModule, **kwargs: Any) -> None:

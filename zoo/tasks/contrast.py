@@ -360,6 +360,7 @@ class Contrast(FittingModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved, theirs = checkpoint.get('zoo') or {}, checkpoint.get('hyper_parameters', {})
+        self.check_checkpoint({'view': saved.get('view')}, theirs)  # classes are texts here, not numbers
         self.classes = self.classes or list(saved.get('class_names') or [])
         self.view = self.view or saved.get('view')
         for key in ('net', 'image', 'text', 'embed_dim'):
