@@ -19,6 +19,7 @@ from zoo.backbones._layers import Normed, Pending, PreNormBlock, add_pending, ad
 __all__ = ['PyramidMixin', 'TokenMixin', 'getter_cfg', 'published_weights', 'squeeze_linears', 'unwrap_checkpoint']
 
 _WRAPPERS = ('state_dict_ema', 'model_ema', 'net_E', 'state_dict', 'model', 'net')  # averaged weights first
+_RUN_PARTS = ('ema.module.', 'net.')  # the network in a checkpoint of `zoo fit`, averaged weights first
 _ADDED_NORMS = ('extra_norms.', 'outnorm')  # the authors' names for the norms of a pyramid's maps
 
 
@@ -34,6 +35,9 @@ def unwrap_checkpoint(state_dict: Mapping) -> dict[str, Tensor]:
         while key.startswith(prefixes):
             key = key.split('.', 1)[1]
         out[key] = value
+    for part in _RUN_PARTS:
+        if inside := {k.removeprefix(part): v for k, v in out.items() if k.startswith(part)}:
+            return inside
     return out
 
 

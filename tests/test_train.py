@@ -490,6 +490,17 @@ def test_metrics_add_up_in_fp32(dtype):
     assert float(loss.compute()) == pytest.approx(1.2345, rel=1e-5)
 
 
+@pytest.mark.parametrize('ema', [None, {'decay': 0.5}])
+def test_a_backbone_takes_the_weights_of_a_run(ema, here):
+    task = Classify('test_vig', num_classes=4, ema=ema)
+    for parameter in task.net.parameters():
+        parameter.data.add_(0.01)  # the average is another
+    torch.save({'state_dict': task.state_dict(), 'hyper_parameters': dict(task.hparams)}, 'best.ckpt')
+    net = timm.create_model('test_vig', num_classes=4, checkpoint_path='best.ckpt').eval()
+    images = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(net(images), task.eval()(images))
+
+
 def test_resume_with_another_optimizer_or_head(run, here, capsys):
     last = ['--ckpt_path', str(run[0] / 'checkpoints' / 'last.ckpt')]
     kept = {name: (run[0] / name).read_bytes() for name in ('config.yaml', 'metrics.csv')}
