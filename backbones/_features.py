@@ -11,15 +11,16 @@ from collections.abc import Mapping, Sequence
 import torch
 from timm.layers import trunc_normal_
 from timm.models import checkpoint_seq
-from timm.models._features import feature_take_indices
+from timm.models._features import FeatureGetterNet, feature_take_indices
 from timm.models._manipulate import MATCH_PREV_GROUP
 from torch import Tensor, nn
 from zoo.backbones._folding import to_channels_last
 from zoo.backbones._layers import Normed, Pending, PreNormBlock, add_pending, add_then_norm
 
-__all__ = ['PyramidMixin', 'TokenMixin', 'published_weights', 'squeeze_linears', 'unwrap_checkpoint']
+__all__ = ['PyramidMixin', 'TokenMixin', 'getter_cfg', 'published_weights', 'squeeze_linears', 'unwrap_checkpoint']
 
 _WRAPPERS = ('state_dict_ema', 'model_ema', 'net_E', 'state_dict', 'model', 'net')  # averaged weights first
+_RUN_PARTS = ('ema.module.', 'net.')  # the network in a checkpoint of `zoo fit`, averaged weights first
 _ADDED_NORMS = ('extra_norms.', 'outnorm')  # the authors' names for the norms of a pyramid's maps
 
 
@@ -35,6 +36,9 @@ def unwrap_checkpoint(state_dict: Mapping) -> dict[str, Tensor]:
         while key.startswith(prefixes):
             key = key.split('.', 1)[1]
         out[key] = value
+    for part in _RUN_PARTS:
+        if inside := {k.removeprefix(part): v for k, v in out.items() if k.startswith(part)}:
+            return inside
     return out
 
 
@@ -43,6 +47,21 @@ def published_weights(state_dict: Mapping) -> dict[str, Tensor]:
     out = unwrap_checkpoint(state_dict)
     inside = {k.removeprefix('backbone.'): v for k, v in out.items() if k.startswith('backbone.')}
     return {k: v for k, v in inside.items() if not k.startswith(_ADDED_NORMS)} if inside else out
+
+
+def getter_cfg(kwargs: dict, out_indices: int | Sequence[int]) -> dict:
+    """timm's `feature_cfg` of a model whose maps come from `forward_intermediates`, out of `kwargs`.
+
+    timm's other wrappers read the outputs of submodules, which here are not the maps that `feature_info` describes.
+
+    Raises:
+        ValueError: `kwargs` ask for another wrapper.
+    """
+    if (wanted := kwargs.pop('feature_cls', 'getter')) not in (None, 'getter', FeatureGetterNet):
+        raise ValueError(
+            f"feature_cls={wanted!r} would not give this model's maps: leave it out (features_only=True takes 'getter')"
+        )
+    return dict(out_indices=kwargs.pop('out_indices', out_indices), feature_cls='getter')
 
 
 def _few(items: Sequence[str], limit: int = 6) -> str:

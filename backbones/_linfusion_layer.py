@@ -182,15 +182,15 @@ class LinearSelfAttention(Attention):
 
     def _folded(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values per head, each (B, N, H, D), in one tensor."""
-        dim = self.to_v.weight.shape[0]
-        y = F.linear(x, self.folded_in, self.folded_in_bias)  # and what goes into the norms of the MLPs
-        if 'folded_out' in self._buffers:
-            norm = self.to_q_[1]
-            a = y[..., 3 * dim :].unflatten(-1, self.folded_norm.shape)
-            a = leaky_layer_norm(a, self.folded_norm, self.folded_norm_bias, norm.eps, self.to_q_[2].negative_slope)
-            qk = y.flatten(0, 1)[:, : 2 * dim].unflatten(-1, (2, dim)).transpose(0, 1)
-            qk.baddbmm_(a.flatten(0, 1).transpose(0, 1), self.folded_out)
-        return y[..., : 3 * dim].unflatten(-1, (3, self.heads, -1)).unbind(2)
+        folded, dim = self._buffers, self.inner_dim  # looking every name up in the module takes a while
+        y = F.linear(x, folded['folded_in'], folded['folded_in_bias'])  # and what goes into the norms of the MLPs
+        if 'folded_out' in folded:
+            weight, (_, norm, activation, _) = folded['folded_norm'], self.to_q_._modules.values()
+            a = y.narrow(-1, 3 * dim, y.shape[-1] - 3 * dim).unflatten(-1, weight.shape)
+            a = leaky_layer_norm(a, weight, folded['folded_norm_bias'], norm.eps, activation.negative_slope)
+            qk = y.narrow(-1, 0, 2 * dim).flatten(0, 1).unflatten(-1, (2, dim)).transpose(0, 1)
+            qk.baddbmm_(a.flatten(0, 1).transpose(0, 1), folded['folded_out'])
+        return y.narrow(-1, 0, 3 * dim).unflatten(-1, (3, self.heads, -1)).unbind(2)
 
     def forward(
         self,
@@ -217,7 +217,10 @@ class LinearSelfAttention(Attention):
             parts = self.to_q(x + self.to_q_(x)), self.to_k(x + self.to_k_(x)), self.to_v(x)
             q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in parts)  # (B, N, H, D)
         o = linear_attention(q, k, v, eps=EPS, elu=True)
-        return self.to_out[1](self.to_out[0](o.flatten(2)))
+        y = o.flatten(2)
+        for layer in self.to_out:
+            y = layer(y)
+        return y
 
     def adopt(self, teacher: Attention) -> None:
         """Start from a softmax layer: its projections, and MLPs that add nothing yet but receive a gradient.

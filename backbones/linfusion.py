@@ -133,6 +133,9 @@ class LinFusion(ModelMixin, ConfigMixin):
     ) -> LinFusion:
         """Replace the self-attention of a model, in place.
 
+        A ControlNet has softmax attention of its own: `ControlNetModel.from_unet` takes its weights from a UNet
+        before it is attached, or between `detach` and another `attach`.
+
         Args:
             model: a UNet2DConditionModel, PixArtTransformer2DModel, DiTTransformer2DModel or a pipeline that has one.
             weights: hub name or folder of a published or saved LinFusion, file with its tensors, or state dict;

@@ -20,7 +20,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, SEModule, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_function
 from torch import Tensor, nn
-from zoo.backbones._features import PyramidMixin, published_weights, unwrap_checkpoint
+from zoo.backbones._features import PyramidMixin, getter_cfg, published_weights, unwrap_checkpoint
 from zoo.backbones._folding import Conv, ConvBN, Residual, conv2d, fold, fuse_children, pad_widths
 from zoo.kernels.selective_scan import selective_scan_2d
 from zoo.kernels.wavelet import haar_signs, wavelet_conv2d
@@ -522,7 +522,7 @@ default_cfgs = generate_default_cfgs({**_published_cfgs(), 'test_mobilemamba.unt
 
 
 def _create(variant: str, pretrained: bool = False, **kwargs) -> MobileMamba:
-    out_indices = kwargs.pop('out_indices', (0, 1, 2))
+    feature_cfg = getter_cfg(kwargs, (0, 1, 2))
     kwargs.pop('img_size', None)  # any size: there is no table to fit
     if kwargs.get('distillation'):
         overlay = dict(classifier=('head.l', 'head_dist.l'))
@@ -532,7 +532,7 @@ def _create(variant: str, pretrained: bool = False, **kwargs) -> MobileMamba:
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
+        feature_cfg=feature_cfg,
         **kwargs,
     )
     if kwargs.get('fuse'):

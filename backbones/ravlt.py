@@ -20,7 +20,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_function
 from torch import Tensor, nn
-from zoo.backbones._features import PyramidMixin, published_weights, squeeze_linears
+from zoo.backbones._features import PyramidMixin, getter_cfg, published_weights, squeeze_linears
 from zoo.backbones._layers import LayerNorm, add_pending, add_then_norm, draw_drop_path
 from zoo.kernels.depthwise_conv import DepthwiseConv2d, depthwise_conv2d
 from zoo.kernels.linear_attention import rank_augmented
@@ -405,7 +405,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create_ravlt(variant: str, pretrained: bool = False, **kwargs) -> RAVLT:
-    out_indices = kwargs.pop('out_indices', (0, 1, 2, 3))
+    feature_cfg = getter_cfg(kwargs, (0, 1, 2, 3))
     kwargs.pop('img_size', None)  # any size: there is no table to fit
     # A detector's file has the maps but not the head: enough where only the maps are wanted.
     strict = not kwargs.get('features_only', False)
@@ -415,7 +415,7 @@ def _create_ravlt(variant: str, pretrained: bool = False, **kwargs) -> RAVLT:
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
         pretrained_strict=strict,
-        feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
+        feature_cfg=feature_cfg,
         **kwargs,
     )
 

@@ -17,7 +17,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, to_2tuple, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_function
 from torch import Tensor, nn
-from zoo.backbones._features import PyramidMixin, TokenMixin, published_weights, squeeze_linears
+from zoo.backbones._features import PyramidMixin, TokenMixin, getter_cfg, published_weights, squeeze_linears
 from zoo.backbones._folding import to_channels_last
 from zoo.backbones._layers import LayerNorm, LayerNorm2d, RMSNorm, is_bare
 from zoo.backbones._vig_block import HierSwiGLU, SwiGLU, ViGMixer, ViGPreNormBlock, swiglu_width
@@ -428,26 +428,26 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create_vig(variant: str, pretrained: bool = False, **kwargs) -> ViG:
-    out_indices = kwargs.pop('out_indices', 3)
+    feature_cfg = getter_cfg(kwargs, 3)
     return build_model_with_cfg(
         ViG,
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
+        feature_cfg=feature_cfg,
         **kwargs,
     )
 
 
 def _create_hier(variant: str, pretrained: bool = False, **kwargs) -> HierViG:
-    out_indices = kwargs.pop('out_indices', (0, 1, 2, 3))
+    feature_cfg = getter_cfg(kwargs, (0, 1, 2, 3))
     kwargs.pop('img_size', None)  # any size: there is no table to fit
     return build_model_with_cfg(
         HierViG,
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
+        feature_cfg=feature_cfg,
         **kwargs,
     )
 

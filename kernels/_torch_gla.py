@@ -10,7 +10,8 @@ Two ways to form exp(a_i - a_j):
   Exponents are positive on one side; it is taken only when no half-chunk sum leaves [-60, 60], where fp32 can neither
   overflow nor lose the product to underflow.
 - safe: recursive halving. At block sizes 2, 4, ..., C the reference is the boundary between a block's halves, so every
-  exponent is a sum of log gates and <= 0; exact for gates of any strength. log2(C) levels of small products.
+  exponent is a sum of log gates and <= 0; exact for gates of any strength. log2(C) levels of small products. Gates
+  are raised to `ZERO_GATE` first, whose exponential is 0 too: sums of infinities would be NaN.
 
 `Direction.read` multiplies the queries that read the incoming state, `Direction.write` the keys that write to the
 outgoing one; the states themselves are kept at chunk edges, where all decays are <= 1.
@@ -28,6 +29,7 @@ from torch import Tensor
 FAST_LIMIT = 60.0
 FAST_CHUNK = 64
 SAFE_CHUNK = 64
+ZERO_GATE = {torch.float32: -110.0, torch.float64: -750.0}  # log gates whose exponential is 0, denormals included
 EXPORT_BASE = 16  # exported graphs halve down to blocks this long only: fewer, larger operators
 
 
@@ -119,7 +121,7 @@ def export_gla(q, k, v, gates, scale, initial_state):
     stack = lambda xs: torch.cat([x.flip(1) if flip else x for x, flip in zip(xs, flips)])  # noqa: E731
     qc, kc, vc = (_chunked(stack([x] * len(flips)), chunk, pad, dtype) for x in (q, k, v))
     ungated = gates[0][0] is None
-    g = None if ungated else _chunked(stack([_four_dims(g) for g, _ in gates]), chunk, pad, dtype)
+    g = None if ungated else _raised(_chunked(stack([_four_dims(g) for g, _ in gates]), chunk, pad, dtype))
     d = _safe_direction(g, False, base)
     states, state = _states_by_matrix(d.scaled_k(kc).mT @ vc, d, initial_state)
     out = _unchunked(_halving(qc, kc, d, base) @ vc + d.scaled_q(qc) @ states)[:, :length] * scale
@@ -225,7 +227,7 @@ def _directions(gates, length: int, dtype: torch.dtype) -> tuple[list[Direction]
     pad = -length % chunk
     return (
         [
-            _safe_direction(None if g is None else _chunked(_four_dims(g), chunk, pad, dtype), reverse)
+            _safe_direction(None if g is None else _raised(_chunked(_four_dims(g), chunk, pad, dtype)), reverse)
             for g, reverse in gates
         ],
         chunk,
@@ -239,12 +241,16 @@ def _fast_direction(g: Tensor, reverse: bool, chunk: int, pad: int, dtype: torch
     first, last = (-1, 0) if reverse else (0, -1)
     exit = centred[..., last, :]
     entry = g[..., first, :] - centred[..., first, :]
-    # NaN gates fail the comparison too and come out of the safe path as NaN.
+    # Infinite gates are NaN here and fail the comparison too; NaN gates come out of the safe path as NaN.
     if not torch.stack((entry, exit)).abs().amax() <= FAST_LIMIT:
         return None
     return Direction(
         reverse, False, g, centred.exp(), centred.neg().exp_(), entry.exp(), exit.exp(), (entry + exit).exp()
     )
+
+
+def _raised(g: Tensor) -> Tensor:
+    return g.clamp(min=ZERO_GATE[g.dtype])
 
 
 def _safe_direction(g: Tensor | None, reverse: bool, base: int = 1) -> Direction:

@@ -26,6 +26,7 @@ from zoo.kernels import _dispatch
 __all__ = ['gated_delta_rule', 'naive_gated_delta_rule']
 
 CHUNK = 64
+ZERO_DECAY = {torch.float32: -110.0, torch.float64: -750.0}  # log decays whose exponential is 0, denormals included
 
 
 def naive_gated_delta_rule(
@@ -60,7 +61,8 @@ def torch_gated_delta_rule(
         return x.unflatten(1, (-1, chunk)).permute(0, 3, 1, 2, 4)
 
     q, k, v = cut(q) * scale, cut(k), cut(v)
-    g, beta = cut(g.unsqueeze(-1)), cut(beta.unsqueeze(-1))
+    # differences of sums follow, which infinities would turn into NaN
+    g, beta = cut(g.unsqueeze(-1)).clamp(min=ZERO_DECAY[wide]), cut(beta.unsqueeze(-1))
     sums = g.cumsum(-2)
     lower = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).tril()
     decay = torch.where(lower, sums - sums.mT, float('-inf')).exp()
@@ -114,7 +116,7 @@ def gated_delta_rule(
         q: queries (B, T, H, K), fp64, fp32, fp16 or bf16.
         k: keys of norm at most 1 (B, T, H, K), dtype of q.
         v: values (B, T, H, V), dtype of q.
-        g: log decays <= 0 (B, T, H).
+        g: log decays <= 0 (B, T, H); -inf forgets the state, where flash-linear-attention's kernels do not run.
         beta: rates of the correction, from 0 to 2 (B, T, H).
         scale: multiplies q; K ** -0.5 by default.
         initial_state: fp32 state (B, H, K, V) that arrives at the first token.

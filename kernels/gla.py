@@ -270,7 +270,8 @@ def gated_linear_attention(
         q: queries (B, T, H, K), fp64, fp32, fp16 or bf16.
         k: keys (B, T, H, K), dtype of q.
         v: values (B, T, H, V), dtype of q.
-        g: finite log gates <= 0, per key channel (B, T, H, K) or per head (B, T, H); None for no decay.
+        g: log gates <= 0, per key channel (B, T, H, K) or per head (B, T, H); None for no decay. -inf forgets the state
+            on the paths without Triton; the kernels on GPUs need finite gates: g.clamp(min=-110) is the same in fp32.
         scale: multiplies q; K ** -0.5 by default.
         initial_state: fp32 state (N, H, K, V) that arrives at the first token (at the last one if `reverse`);
             N is B, or the number of sequences with `cu_seqlens`.
@@ -333,7 +334,8 @@ def bidirectional_gla(
         q: queries (B, T, H, K), fp64, fp32, fp16 or bf16.
         k: keys (B, T, H, K), dtype of q.
         v: values (B, T, H, V), dtype of q.
-        g_fwd: finite log gates <= 0 of the forward scan, (B, T, H, K) or (B, T, H); None for no decay.
+        g_fwd: log gates <= 0 of the forward scan, (B, T, H, K) or (B, T, H); None for no decay. -inf cuts the sequence
+            on the paths without Triton; the kernels on GPUs need finite gates: g.clamp(min=-110) is the same in fp32.
         g_bwd: the same for the reversed scan; given exactly when g_fwd is, in the same shape.
         scale: multiplies q; K ** -0.5 by default.
         merge: `mean` halves the sum of the directions, `sum` does not.

@@ -460,6 +460,9 @@ def test_scale_is_kept_within_bounds(ema):
         scales = [net.logit_scale.data.fill_(value) for net in (task.net, task.eval_net)]
         task.clamp_scale()
         assert [float(scale.exp()) for scale in scales] == pytest.approx([kept, kept])
+    task.net.logit_scale.data.fill_(4.0)
+    with pytest.warns(UserWarning, match='54.6.*cuts to 50: --model.max_scale 55'):
+        task.on_fit_start()
 
 
 def write_pairs(folder, count=6):

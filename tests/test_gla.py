@@ -102,6 +102,20 @@ def test_causal_with_states_matches_the_recurrence(length, gate, strong, reverse
         assert x is None or relative_rms(x.grad, y.grad) < 1e-5
 
 
+@pytest.mark.parametrize('gate', ['channel', 'head'])
+def test_infinite_gates_cut_the_sequence(gate):
+    q, k, v, *gates = make_inputs(2, 150, 2, 16, 24, gate)
+    cut = torch.rand(gates[0].shape, generator=torch.Generator().manual_seed(2)) < 0.1
+    gates = [g.masked_fill(c, -math.inf) for g, c in zip(gates, (cut, cut.roll(1, 1)))]
+    compare_bidirectional([q, k, v, *gates], 1e-5)
+    state = torch.randn(2, 2, 16, 24)
+    found = gated_linear_attention(q, k, v, gates[0], initial_state=state, output_final_state=True)
+    for x, y in zip(found, naive_gla(q, k, v, gates[0], initial_state=state, output_final_state=True)):
+        assert relative_rms(x, y) < 1e-5
+    exported, _ = _torch_gla.export_gla(q, k, v, [(gates[0], False)], 0.25, state)
+    assert relative_rms(exported, found[0]) < 1e-5
+
+
 @pytest.mark.parametrize('strong', [False, True], ids=['fast', 'safe'])
 def test_gradcheck(strong):
     q, k, v, g, b = leaves(make_inputs(1, 9, 1, 3, 2, strong=strong, dtype=torch.float64))

@@ -161,6 +161,9 @@ def test_choice_of_layers():
     for wrong in ('3', 'most', '0:0', [3], [-1], [1, 1], None, 1.5, [1.5], ['a'], [True, False, True]):
         with pytest.raises(ZooError, match='layers='):
             linear_layers(wrong, 3)
+    for nothing in ('0:1', '1:4', []):
+        with pytest.raises(ZooError, match='none of the 4 layers linear'):
+            zoo.linearize(build('llama'), layers=nothing)
 
 
 def test_sensitive_layers_stay_softmax(tmp_path):

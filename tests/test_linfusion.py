@@ -564,6 +564,8 @@ def test_controlnet(plain):
         down, mid = net(latents, t, text, controlnet_cond=torch.rand(2, 3, 64, 64), return_dict=False)
         found = model(latents, t, text, down_block_additional_residuals=down, mid_block_additional_residual=mid).sample
     assert (found - tiny.step(model)).abs().max() > 1e-3
+    with pytest.raises(RuntimeError, match='to_q_'):  # half a copy would be worse
+        ControlNetModel.from_unet(model)
 
 
 @pytest.mark.parametrize('backend', [pytest.param('eager', marks=pytest.mark.slow), 'aot_eager'])

@@ -181,6 +181,7 @@ def test_delta_rule_in_chunks(length):
     q, k = (F.normalize(torch.randn(2, length, 3, 8), dim=-1) for _ in range(2))
     v, state = torch.randn(2, length, 3, 5), torch.randn(2, 3, 8, 5)
     g = -(torch.rand(2, length, 3) ** 8) * 30  # from almost no decay to forgetting everything
+    g[:, length // 3] = -torch.inf
     beta = 2 * torch.rand(2, length, 3)
     tensors = [t.requires_grad_() for t in (q, k, v, g, beta, state)]
     weights, results = torch.randn(2, length, 3, 5), []

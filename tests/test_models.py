@@ -169,6 +169,14 @@ def test_features_only(name):
 
 
 @pytest.mark.parametrize('name', SMALL)
+def test_wrappers_that_would_give_other_maps_are_refused(name):
+    assert timm.create_model(name, features_only=True, feature_cls='getter').feature_info.channels()
+    for wrapper in ('fx', 'hook', 'list', 'dict'):
+        with pytest.raises(ValueError, match='leave it out'):
+            timm.create_model(name, features_only=True, feature_cls=wrapper)
+
+
+@pytest.mark.parametrize('name', SMALL)
 def test_features_only_values(name):
     """The wrapper returns what forward_intermediates does, for default and chosen indices, without a head's weights."""
     x = images(96, 64)

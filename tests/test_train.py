@@ -15,7 +15,7 @@ import zoo
 from zoo.checkpoints import load_net, read_checkpoint
 from zoo.cli import main
 from zoo.data import Digits, View
-from zoo.runs import fresh_run, newest_run, resolve_config, spell_null
+from zoo.runs import fresh_run, newest_run, one_device, resolve_config, spell_null
 from zoo.tasks import Classify, Distill, Optim, Schedule
 from zoo.tasks.classify import Ema, Mix, build_ema, build_loss
 from zoo.tasks.distill import Teacher
@@ -81,7 +81,9 @@ def test_printed_predict_command(run, here):
     folder, lines = run
     arguments = lines[-1].split(' predict ')[1].split()
     (here / 'bad.jpg').write_bytes(b'no')
-    assert main(['predict', *arguments, 'bad.jpg', '--output=out']) == 0
+    # a run of many processes: shares of the images would overwrite one another's tables
+    two = ['--trainer.devices=2', '--trainer.strategy=ddp']
+    assert main(['predict', *arguments, 'bad.jpg', '--output=out', *two]) == 0
     with open('out/predictions.csv', newline='') as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 13 and rows[-1]['error'] and not rows[-1]['prediction_1']
@@ -93,6 +95,11 @@ def test_printed_predict_command(run, here):
     assert rows[0]['prediction_1'] == about['class_names'][probability.argmax()]
     assert float(rows[0]['confidence_1']) == pytest.approx(probability.max().item(), abs=1e-3)
     assert Image.open('out/contact_sheet.png').width > 500
+
+
+@pytest.mark.parametrize('given, used', [('auto', 1), (8, 1), (-1, 1), ('3', 1), ([2, 3], [2]), ('2,3', [2])])
+def test_predict_takes_one_device(given, used):
+    assert one_device(given) == used
 
 
 def test_test_and_validate_a_checkpoint(run, here, capsys):
@@ -181,6 +188,8 @@ MISTAKES = {
     'checkpoint': ([*TINY, '--ckpt_path=gone.ckpt'], 'no such checkpoint: gone.ckpt'),
     'no run': (['test', '--config=quickstart', '--ckpt_path=best'], 'no run of quickstart'),
     'images': (['predict', '--config=quickstart'], '--images FILE_OR_FOLDER'),
+    'one class': ([*TINY, '--model.num_classes=1'], 'num_classes must be at least 2, not 1'),
+    'half average': ([*TINY, '--model.ema={decay: 0.9}', '--trainer.precision=bf16-true'], 'precision bf16-mixed'),
     'teacher': ([*TINY, '--model.distill.teacher=test_vitt'], 'test_vitt'),
 }  # fmt: skip
 
@@ -436,3 +445,67 @@ def test_digits_module_needs_no_trainer():
     data = Digits(batch_size=4, num_workers=0, view=View(size=8))
     data.setup()
     assert next(iter(data.test_dataloader()))['image'].shape == (4, 3, 8, 8)
+
+
+def write_classes(folder, names):
+    for split in ('train', 'val'):
+        for number, name in enumerate(names):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(2):
+                Image.new('RGB', (16, 16), (120 * number, 60, 90)).save(folder / split / name / f'{i}.png')
+    return folder
+
+
+def test_a_checkpoint_meets_data_with_other_classes(here, capsys):
+    """Labels are positions: the same name in another place would be counted as wrong, or worse, as right."""
+    first = write_classes(here / 'first', ['ant', 'bee', 'cat'])
+    folders = ['--data=zoo.data.ImageFolder', '--data.view.size=16', '--data.num_workers=0', '--data.batch_size=2']
+    common = [*folders, *TRAINER, '--run.threads=1', '--run.test_after_fit=false']
+    assert main(['fit', *MODEL, '--model.num_classes=3', *common, f'--data.path={first}']) == 0
+    last = ['--ckpt_path', 'runs/run/checkpoints/last.ckpt']
+    for verb in ('validate', 'fit'):
+        other = write_classes(here / f'{verb}-shifted', ['aardvark', 'ant', 'bee'])
+        assert main([verb, *last, f'--data.path={other}']) == 2
+        assert "'ant' is number 1 here and number 0 there" in capsys.readouterr().err
+    renamed = write_classes(here / 'renamed', ['ant', 'bee', 'cow'])
+    changed = [f'--data.path={renamed}', '--data.view.crop_pct=0.5', '--data.batch_size=3']
+    with pytest.warns(UserWarning) as told:
+        assert main(['validate', *last, *changed]) == 0
+    words = ' '.join(str(w.message) for w in told)
+    assert "number 2 is 'cow', not 'cat'" in words and 'crop_pct 0.875 (now 0.5)' in words
+    assert 'images of this epoch' not in words
+    (renamed / 'val' / 'ant' / '0.png').write_bytes(b'no image')
+    with pytest.warns(RuntimeWarning, match='skipped unreadable'):
+        assert main(['validate', *last, *changed]) == 0
+    assert '1 unreadable images were skipped\nvalidation accuracy' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_metrics_add_up_in_fp32(dtype):
+    task = Classify('test_vit', num_classes=3).to(dtype=dtype)
+    loss = task.val_metrics['loss']
+    for _ in range(400):
+        loss.update(torch.tensor(1.2345), weight=257)
+    assert task.net.get_classifier().weight.dtype == dtype
+    assert float(loss.compute()) == pytest.approx(1.2345, rel=1e-5)
+
+
+@pytest.mark.parametrize('ema', [None, {'decay': 0.5}])
+def test_a_backbone_takes_the_weights_of_a_run(ema, here):
+    task = Classify('test_vig', num_classes=4, ema=ema)
+    for parameter in task.net.parameters():
+        parameter.data.add_(0.01)  # the average is another
+    torch.save({'state_dict': task.state_dict(), 'hyper_parameters': dict(task.hparams)}, 'best.ckpt')
+    net = timm.create_model('test_vig', num_classes=4, checkpoint_path='best.ckpt').eval()
+    images = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(net(images), task.eval()(images))
+
+
+def test_resume_with_another_optimizer_or_head(run, here, capsys):
+    last = ['--ckpt_path', str(run[0] / 'checkpoints' / 'last.ckpt')]
+    kept = {name: (run[0] / name).read_bytes() for name in ('config.yaml', 'metrics.csv')}
+    mistakes = (('--model.optim.name=lion', 'optim.name adamw'), ('--model.freeze=backbone', 'model.freeze None'))
+    for change, message in mistakes:
+        assert main(['fit', *last, '--trainer.max_epochs=2', change]) == 2
+        assert message in capsys.readouterr().err
+        assert kept == {name: (run[0] / name).read_bytes() for name in kept}

@@ -98,6 +98,8 @@ def linearize(
         chosen = found.linear_layers(layers)
     else:
         chosen = linear_layers(layers, count)
+    if not chosen:
+        raise ZooError(f'layers={layers!r} makes none of the {count} layers linear: the student would be the teacher')
     recipe = {'layers': chosen, 'mixer': mixer, 'mixer_kwargs': dict(mixer_kwargs or {}), 'version': VERSION}
     if native:
         student = _native_student(teacher, recipe, share_frozen, seed)

@@ -179,7 +179,8 @@ class TestReport(Callback):
         names = trainer.datamodule.class_names
         plot_confusion(matrix, names, self.folder / 'confusion.png')
         worst = sorted(self._mistakes, key=lambda m: (-m[0], -m[1]))
-        title = f'Mistakes the network was surest of ({self._count} in all): prediction (confidence), truth'
+        wrong = int(matrix.sum() - matrix.trace())  # of all processes
+        title = f'Mistakes the network was surest of ({wrong} in all): prediction (confidence), truth'
         plot_sheet([m[2] for m in worst], [m[3] for m in worst], self.folder / 'mistakes.png', title)
         self._write_classes(matrix, names)
         if self.samples:

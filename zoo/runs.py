@@ -232,11 +232,18 @@ class ZooParser(LightningArgumentParser):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Saves the resolved config in the run folder: a file that starts the same run again."""
+    """Saves the resolved config in the run folder: a file that starts the same run again.
+
+    It waits for training to begin: a config that a checkpoint of the run refuses leaves the run's own in place.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        pass
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().setup(trainer, pl_module, 'fit')
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != 'fit':
-            return
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         config = self.config.clone()
@@ -366,6 +373,8 @@ class ZooCLI(LightningCLI):
         else:
             kwargs['logger'] = False
             kwargs['enable_checkpointing'] = False
+        if self.subcommand == 'predict':  # one process writes one table: others would overwrite it with their shares
+            kwargs.update(devices=one_device(config.get('devices')), num_nodes=1, strategy='auto')
         if self.subcommand != 'predict' and hasattr(self.model, 'report_callback'):
             callbacks.append(self._report_callback())
         if config.get('enable_progress_bar') is None:
@@ -402,11 +411,13 @@ class ZooCLI(LightningCLI):
 
     def test(self, model: LightningModule, **kwargs: Any) -> None:
         self.trainer.test(model, weights_only=True, verbose=False, **kwargs)
+        self._say_left_out()
         say(model.headline('test', self.trainer.callback_metrics))
         say(f'report: {self._test_folder()}/')
 
     def validate(self, model: LightningModule, **kwargs: Any) -> None:
         self.trainer.validate(model, weights_only=True, verbose=False, **kwargs)
+        self._say_left_out()
         say(model.headline('val', self.trainer.callback_metrics))
 
     def predict(self, model: LightningModule, **kwargs: Any) -> None:
@@ -487,6 +498,13 @@ class ZooCLI(LightningCLI):
 
     def _test_folder(self) -> Path:
         return Path(self._get(self.config_init, 'output') or self.run_dir / 'report')
+
+
+def one_device(devices: Any) -> Any:
+    """The first of the devices that a trainer is given: of those named, or any."""
+    if isinstance(devices, str) and ',' in devices:
+        devices = [int(d) for d in devices.split(',') if d.strip()]
+    return [devices[0]] if isinstance(devices, (list, tuple)) and devices else 1
 
 
 # words

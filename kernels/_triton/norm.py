@@ -11,7 +11,17 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from zoo.kernels._triton._common import ceil_div, launch, next_power, programs, token_rows
+from zoo.kernels._triton._common import (
+    Launch,
+    aligned,
+    ceil_div,
+    launch,
+    next_power,
+    on_device_of_first,
+    plan,
+    programs,
+    token_rows,
+)
 
 MAX_DIM = 8192
 _TILE = 4096  # elements of a forward tile; the backward, with more of them alive, takes half
@@ -230,13 +240,18 @@ def leaky_norm_kernel(
     tl.store(y + rows[:, None] * C + cols[None, :], h.to(y.dtype.element_ty), mask=inside)
 
 
+class _LeakyPlan:
+    def __init__(self, eps: float, slope: float, x, weight, bias):
+        G, C = x.shape[-2:]
+        N, BC = x.numel() // C, next_power(C)
+        consts = {'SX': token_rows(x, 2)[1], 'G': G, 'C': C, 'BC': BC, 'BN': max(1, _TILE // 2 // BC)}
+        self.run = Launch(leaky_norm_kernel, (ceil_div(N, consts['BN']), 1, 1), (N, eps, slope), consts)
+
+
+@on_device_of_first
 def leaky_norm_fwd(x, weight, bias, eps, slope):
     """(..., G, C) in x's dtype."""
+    x, weight, bias = token_rows(x, 2)[0], weight.contiguous(), bias.contiguous()
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    G, C = x.shape[-2:]
-    N, BC = x.numel() // C, next_power(C)
-    x, SX = token_rows(x, 2)
-    consts = {'SX': SX, 'G': G, 'C': C, 'BC': BC, 'BN': max(1, _TILE // 2 // BC)}
-    tensors = (x, weight.contiguous(), bias.contiguous(), y)
-    launch(leaky_norm_kernel, (ceil_div(N, consts['BN']), 1, 1), tensors, (N, eps, slope), consts)
+    plan(_LeakyPlan, (eps, slope), x, weight, bias).run(aligned(x, weight, bias), x, weight, bias, y)
     return y

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
 from zoo.data.cache import CachedBatches, CachedSource, DeviceTransform
@@ -50,6 +51,8 @@ class ResumableData(LightningDataModule):
         return {'epoch': epoch, 'batches': batches, 'batch_size': self.batch_size, 'seed': run_seed()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
+            return  # an evaluation starts at the beginning
         # this hook is the last one before Lightning starts the workers, which prefetch at once
         self._resume_at = (state_dict['epoch'], state_dict['batches'])
         for key, now in (('batch_size', self.batch_size), ('seed', run_seed())):

@@ -109,6 +109,8 @@ class Classify(FittingModule):
     ) -> None:
         super().__init__()
         settings = {k: as_plain(v) for k, v in locals().items() if k not in ('self', '__class__')}
+        if num_classes < 2:
+            raise ZooError(f'model.num_classes must be at least 2, not {num_classes}: there is nothing to tell apart')
         self.save_hyperparameters(settings)
         self.optim, self.schedule = as_dataclass(Optim, optim), as_dataclass(Schedule, schedule)
         self.distill, self.check_finite, self.channels_last = (
@@ -252,10 +254,16 @@ class Classify(FittingModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint.get('zoo') or {}
+        self.check_checkpoint(saved, checkpoint.get('hyper_parameters', {}))
         self.class_names, self.view = saved.get('class_names') or self.class_names, saved.get('view') or self.view
         theirs = checkpoint.get('hyper_parameters', {})
         theirs = {'head': 'linear', **theirs}  # from before there were others
-        for key, mine in (('net', self.net_name), ('num_classes', self.num_classes), ('head', self.head_name)):
+        for key, mine in (
+            ('net', self.net_name),
+            ('num_classes', self.num_classes),
+            ('head', self.head_name),
+            ('freeze', self.hparams.freeze),
+        ):
             if theirs.get(key, mine) != mine:
                 raise ZooError(f'the checkpoint holds model.{key} {theirs[key]}, the config asks for {mine}')
         adapt_ema(checkpoint['state_dict'], wanted=self.ema is not None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,7 +59,8 @@ class Contrast(FittingModule):
         chunk: Samples that a tower encodes at a time, with the gradients of the whole batch; null is all at once.
         distill: Teacher; null is off.
         zero_shot: How classes become texts.
-        max_scale: The scale of similarities is kept from 1 to this.
+        max_scale: The scale of similarities is kept from 1 to this; 100 for both losses, as in open_clip's training
+            loop (open_clip_train/train.py).
         probe: Whether a test on labelled images also fits a linear probe to the image tower's features.
         optim: Optimizer.
         schedule: Learning rate over time.
@@ -344,6 +346,12 @@ class Contrast(FittingModule):
             self.tokens([builders[0](name) for name in self.classes] + [build(self.classes[0]) for build in builders])
 
     def on_fit_start(self) -> None:
+        if (scale := float(self.net.logit_scale.detach().exp())) > 1.001 * self.max_scale:
+            warnings.warn(
+                f'the towers come with a scale of similarities of {scale:.1f}, which the first step cuts to '
+                f'{self.max_scale:g}: --model.max_scale {math.ceil(scale)} keeps it',
+                stacklevel=2,
+            )
         if self._teacher is not None:
             self._teacher.to(self.device)
 
@@ -352,6 +360,7 @@ class Contrast(FittingModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved, theirs = checkpoint.get('zoo') or {}, checkpoint.get('hyper_parameters', {})
+        self.check_checkpoint({'view': saved.get('view')}, theirs)  # classes are texts here, not numbers
         self.classes = self.classes or list(saved.get('class_names') or [])
         self.view = self.view or saved.get('view')
         for key in ('net', 'image', 'text', 'embed_dim'):

@@ -222,6 +222,8 @@ class Detect(FittingModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint.get('zoo') or {}
+        names = {'class_names': saved.get('class_names')}  # its view is the network's
+        self.check_checkpoint(names, checkpoint.get('hyper_parameters', {}))
         self.class_names = saved.get('class_names') or self.class_names
         self.category_ids = saved.get('category_ids') or self.category_ids
         theirs = checkpoint.get('hyper_parameters', {})

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
+from torchmetrics import Metric
 
 from zoo.data.seeding import run_seed, seed_all
 from zoo.errors import RunError, ZooError
 from zoo.tasks.nonfinite import first_nonfinite
-from zoo.tasks.optim import UpdateSchedule, fit_optimizer
+from zoo.tasks.optim import UpdateSchedule, as_plain, fit_optimizer
 
 __all__ = ['FittingModule']
+
+_HALF = (torch.float16, torch.bfloat16)
 
 
 class FittingModule(LightningModule):
@@ -30,6 +35,14 @@ class FittingModule(LightningModule):
         """What the optimizer and the average are of."""
         return self.net
 
+    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> FittingModule:
+        """Metrics stay in fp32 where `bf16-true` converts the module: in bf16 a sum soon stands still."""
+        super()._apply(fn, *args, **kwargs)
+        for module in self.modules():
+            if isinstance(module, Metric) and module.dtype in _HALF:
+                module.set_dtype(torch.float32)
+        return self
+
     def check_classes(self, data: Any) -> None:
         """Refuses data with another number of classes than the model's; 0 stands for data that does not know.
 
@@ -42,7 +55,50 @@ class FittingModule(LightningModule):
                 f'--model.num_classes {data.num_classes}'
             )
 
+    def check_checkpoint(self, saved: dict[str, Any], hparams: dict[str, Any]) -> None:
+        """Compares a checkpoint with the run that goes on from it and with the data that it meets.
+
+        Args:
+            saved: Its `class_names` and `view`, as far as it has them.
+            hparams: Its hyper-parameters.
+
+        Raises:
+            ZooError: it was trained with another optimizer, or one class has one number there and another in the data.
+        """
+        fitting = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
+        theirs = (hparams.get('optim') or {}).get('name', self.optim.name)
+        if fitting and theirs != self.optim.name:
+            raise ZooError(
+                f'the checkpoint was trained with model.optim.name {theirs}, whose state {self.optim.name} cannot take '
+                'over: a resumed run keeps its optimizer'
+            )
+        data = getattr(self._trainer, 'datamodule', None)
+        theirs, ours = list(saved.get('class_names') or []), list(getattr(data, 'class_names', None) or [])
+        numbers = [str(i) for i in range(len(ours))]  # what stands for names where there are none
+        if len(ours) == len(theirs) and theirs != ours and numbers not in (theirs, ours):
+            for number, name in enumerate(ours):
+                if name in theirs and theirs[number] != name:
+                    raise ZooError(
+                        f'the classes of the data have another order than those of the checkpoint: {name!r} is number '
+                        f'{number} here and number {theirs.index(name)} there'
+                    )
+            number, there, here = next((i, *pair) for i, pair in enumerate(zip(theirs, ours)) if pair[0] != pair[1])
+            warnings.warn(
+                f'the data has other class names than the checkpoint: number {number} is {here!r}, not {there!r}',
+                stacklevel=2,
+            )
+        view, mine = saved.get('view') or {}, as_plain(getattr(data, 'view', None)) or {}
+        changed = [k for k, v in view.items() if k in mine and _listed(mine[k]) != _listed(v)]
+        if changed:
+            told = ', '.join(f'{k} {_listed(view[k])} (now {_listed(mine[k])})' for k in changed)
+            warnings.warn(f'the checkpoint was trained with another data.view: {told}', stacklevel=2)
+
     def configure_optimizers(self) -> dict[str, Any]:
+        if self.ema is not None and any(p.dtype in _HALF for p in self.ema.parameters()):
+            raise ZooError(
+                f'model.ema needs weights in fp32, not {self.trainer.precision}: an average in half precision does not '
+                'move. Set --trainer.precision bf16-mixed, or --model.ema null'
+            )
         return fit_optimizer(self.trainer, self.trained, self.optim, self.schedule)
 
     def lr_scheduler_step(self, scheduler: UpdateSchedule, metric: Any) -> None:
@@ -83,3 +139,7 @@ class FittingModule(LightningModule):
 
     def seed_step(self, batch_idx: int) -> None:
         seed_all(run_seed(), self.current_epoch, batch_idx, self.global_rank)
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, (tuple, list)) else value

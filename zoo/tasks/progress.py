@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 
 class EpochLine(Callback):
@@ -97,13 +98,20 @@ class MetricsCSV(CSVLogger):
 
     Args:
         folder: The run folder.
-        resume_step: Optimizer step that the run goes on from; later rows, which will be written again, are dropped.
+        resume_step: Optimizer step that the run goes on from; the first row written drops the later ones, which will
+            be written again.
     """
 
     def __init__(self, folder: str | os.PathLike, resume_step: int | None = None) -> None:
         super().__init__(save_dir=folder, name='', version='', flush_logs_every_n_steps=20)
-        if resume_step is not None:
-            drop_rows(Path(folder) / 'metrics.csv', resume_step)
+        self._path, self._resume_step = Path(folder) / 'metrics.csv', resume_step
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        if self._resume_step is not None:
+            drop_rows(self._path, self._resume_step)
+            self._resume_step = None
+        super().log_metrics(metrics, step)
 
     @property
     @rank_zero_experiment

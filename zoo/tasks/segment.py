@@ -273,6 +273,7 @@ class Segment(FittingModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint.get('zoo') or {}
+        self.check_checkpoint(saved, checkpoint.get('hyper_parameters', {}))
         self.class_names, self.view = saved.get('class_names') or self.class_names, saved.get('view') or self.view
         theirs = checkpoint.get('hyper_parameters', {})
         head = (theirs.get('head') or {}).get('name', self.head.name)

@@ -156,6 +156,7 @@ class TrainUNet(FittingModule):
         for key, mine in (('unet', self.source), ('pipeline', self.pipeline_name)):
             if theirs.get(key, mine) != mine:
                 raise ZooError(f'the checkpoint holds model.{key} {theirs[key]},\nthe config asks for {mine}')
+        self.check_checkpoint({}, theirs)
         adapt_ema(checkpoint['state_dict'], wanted=self.ema is not None)
 
     # the end

@@ -216,6 +216,7 @@ class FinetuneVLM(FittingModule):
             raise ZooError(f'the checkpoint holds model.net {theirs["net"]},\nthe config asks for {self.source}')
         if bool(theirs.get('lora')) != bool(self.lora):
             raise ZooError(f'the checkpoint was written with{"" if theirs.get("lora") else "out"} model.lora')
+        self.check_checkpoint({}, theirs)
         adapt_ema(checkpoint['state_dict'], wanted=self.ema is not None)
 
     # helpers
