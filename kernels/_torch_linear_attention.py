@@ -88,16 +88,20 @@ def _modulated(r: Tensor, lepe: Tensor | None, gate: Tensor | None) -> Tensor:
     return r if gate is None else r.mul_(gate)
 
 
+# A table of a few KB that all programs of a GPU read all the time may lie in one slice of its cache, and they wait.
+TABLES = 16
+
+
 def kept_sizes(q: Tensor, height: int, width: int) -> list[int]:
     """Of what the forward pass of `rank_augmented` leaves in one tensor for the backward pass, padded to 16 bytes.
 
     The sum of w k v^T with rotated k (B, H, D, D), the sum of w k and the mean of q (B, H, D), the log normaliser of w
-    (B, H), where w are the softmax weights of the tokens, and cosines and sines (2, max(height, width), D / 4), which
-    the torch path leaves alone.
+    (B, H), where w are the softmax weights of the tokens, and TABLES times cosines and sines (2, max(height, width),
+    D / 4), which the torch path leaves alone.
     """
     batch, _, heads, dim = q.shape
     rows = batch * heads
-    sizes = rows * dim * dim, rows * dim, rows * dim, rows, 2 * torch.sym_max(height, width) * (dim // 4)
+    sizes = rows * dim * dim, rows * dim, rows * dim, rows, TABLES * 2 * torch.sym_max(height, width) * (dim // 4)
     return [(size + 3) // 4 * 4 for size in sizes]
 
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from zoo.kernels._torch_linear_attention import kept_sizes
+from zoo.kernels._torch_linear_attention import TABLES, kept_sizes
 from zoo.kernels._triton._common import (
     LOG2E,
     Launch,
@@ -53,6 +53,7 @@ from zoo.kernels._triton.linear_attention import (
 from zoo.kernels.linear_attention import MAX_TRITON_DIM
 from zoo.kernels.rope import LOG2_BASE
 
+COPIES = tl.constexpr(TABLES)
 MAX_PARTS = 1024
 NUMBERS = [*SIZES, 'n_table', 'width'] + [x + y for x in ('lepe', 'gate', 'dy', 'dr') for y in ('_b', '_t', '_h')]
 
@@ -94,8 +95,12 @@ def positive(x, cols, D: tl.constexpr, BD: tl.constexpr):
 
 @triton.jit
 def angles(table, n_table, token, row_ok, width, D: tl.constexpr, BD: tl.constexpr):
-    """Cosines and sines (tokens, BD / 2) of the pairs: D / 4 that turn with the row, D / 4 with the column."""
+    """Cosines and sines (tokens, BD / 2) of the pairs: D / 4 that turn with the row, D / 4 with the column.
+
+    Neighbouring programs read different copies of the table.
+    """
     M: tl.constexpr = D // 4
+    table += (tl.program_id(0) + tl.program_id(1)) % COPIES * (2 * M * n_table)
     pair = tl.arange(0, BD // 2)
     row = token // width
     column = token - row * width
@@ -128,7 +133,7 @@ def load_row(x, cols, D: tl.constexpr):
 @triton.jit(do_not_specialize=NUMBERS)
 def rala_fwd_kernel_queries(q, qbar, table, T, per, H, n_table, q_b, q_t, q_h, D: tl.constexpr, BT: tl.constexpr,
                             BD: tl.constexpr, BM: tl.constexpr, A: tl.constexpr, LOG2_BASE: tl.constexpr):  # fmt: skip
-    """Sums of phi(q) over every part, to (parts, B * H, D). The last row of the grid writes the table."""
+    """Sums of phi(q) over every part, to (parts, B * H, D). The last row of the grid writes the tables."""
     heads = tl.num_programs(1) - 1
     if tl.program_id(1) < heads:
         b, h, first, n = place(T, per, H)
@@ -152,8 +157,11 @@ def rala_fwd_kernel_queries(q, qbar, table, T, per, H, n_table, q_b, q_t, q_h, D
             angle = place_of.to(tl.float32)[:, None] * frequency[None, :]
             ok = (place_of < n_table)[:, None] & (j < M)[None, :]
             to = table + place_of[:, None] * M + j[None, :]
-            tl.store(to, tl.cos(angle), mask=ok)
-            tl.store(to + n_table * M, tl.sin(angle), mask=ok)
+            cos, sin = tl.cos(angle), tl.sin(angle)
+            for _ in tl.static_range(COPIES):
+                tl.store(to, cos, mask=ok)
+                tl.store(to + n_table * M, sin, mask=ok)
+                to += 2 * M * n_table
 
 
 @triton.jit(do_not_specialize=NUMBERS)
