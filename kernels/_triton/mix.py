@@ -26,7 +26,6 @@ MAX_RANK = 64
 MAX_DIM = 256
 _TILE = 2048  # elements of a forward tile of the mix; the backward, with more of them alive, takes half
 _GATE_ROWS = 64
-_GATE_TILES, _GATE_WARPS, _GATE_STAGES = 8, 4, 3
 
 
 @triton.jit
@@ -169,28 +168,27 @@ def _log_sigmoid(z):
     return tl.minimum(z, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(z)))
 
 
-@triton.jit(do_not_specialize=['N', 'PER'])
+@triton.jit(do_not_specialize=['N'])
 def gates_fwd_kernel(
-    r, weight, bias, g_fwd, g_bwd, N, PER, factor,
+    r, weight, bias, g_fwd, g_bwd, N, factor,
     SR: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, NK: tl.constexpr,
     BN: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """PER rows of one block of gates."""
+    rows = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     reverse = tl.program_id(1) // NK
     cols = tl.program_id(1) % NK * BK + tl.arange(0, BK)
     ranks = tl.arange(0, BR)
-    w = tl.trans(load_tile(weight + reverse * K * R, cols, ranks, R, cols < K, R, BR))
-    b = tl.load(bias + reverse * K + cols, mask=cols < K, other=0.0).to(tl.float32)[None, :]
-    g = g_fwd
-    if reverse != 0:
-        g = g_bwd
-    first = tl.program_id(0) * PER
-    for start in range(first, tl.minimum(first + PER, N), BN):
-        rows = start + tl.arange(0, BN).to(tl.int64)
-        ok = rows < N
-        z = mm(load_tile(r, rows, ranks, SR, ok, R, BR), w, CT, PREC) + b
-        inside = ok[:, None] & (cols < K)[None, :]
-        tl.store(g + rows[:, None] * K + cols[None, :], (_log_sigmoid(z) * factor).to(g.dtype.element_ty), mask=inside)
+    ok = rows < N
+    w = load_tile(weight + reverse * K * R, cols, ranks, R, cols < K, R, BR)
+    z = mm(load_tile(r, rows, ranks, SR, ok, R, BR), tl.trans(w), CT, PREC)
+    z += tl.load(bias + reverse * K + cols, mask=cols < K, other=0.0).to(tl.float32)[None, :]
+    g = (_log_sigmoid(z) * factor).to(g_fwd.dtype.element_ty)
+    inside = ok[:, None] & (cols < K)[None, :]
+    at = rows[:, None] * K + cols[None, :]
+    if reverse == 0:
+        tl.store(g_fwd + at, g, mask=inside)
+    else:
+        tl.store(g_bwd + at, g, mask=inside)
 
 
 @triton.jit(do_not_specialize=['N', 'STEP'])
@@ -243,11 +241,8 @@ def gates_fwd(r, weight, bias, normalizer):
     N = r.numel() // r.shape[-1]
     r, SR = token_rows(r)
     consts = _gate_consts(r, SR, K)
-    tiles, blocks = ceil_div(N, _GATE_ROWS), 2 * consts['NK']
-    per = max(1, min(_GATE_TILES, tiles * blocks // (2 * programs(r.device))))  # the weights are read once for them
-    launch(gates_fwd_kernel, (ceil_div(tiles, per), blocks, 1),
-           (r, weight.contiguous(), bias.contiguous(), g_fwd, g_bwd), (N, per * _GATE_ROWS, 1 / normalizer), consts,
-           _GATE_WARPS, _GATE_STAGES)  # fmt: skip
+    launch(gates_fwd_kernel, (ceil_div(N, _GATE_ROWS), 2 * consts['NK'], 1),
+           (r, weight.contiguous(), bias.contiguous(), g_fwd, g_bwd), (N, 1 / normalizer), consts)  # fmt: skip
     return g_fwd, g_bwd
 
 
