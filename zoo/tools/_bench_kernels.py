@@ -69,8 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument('--backward', action=argparse.BooleanOptionalAction, default=True, help='fwd+bwd too')
     parser.add_argument('--peer-seconds', type=float, default=90, metavar='S', help='longest first call of a peer')
-    parser.add_argument('--launch', action='store_true', help='instead: what a call of each op costs the host, on one '
-                        'small shape and without peers')  # fmt: skip
+    parser.add_argument('--launch', action='store_true', help='instead: what a call of each op (gated_delta_rule where '
+                        'named) costs the host, on one small shape and without peers')  # fmt: skip
 
 
 def select(args: argparse.Namespace) -> list[Case]:

@@ -242,6 +242,8 @@ def plot(rows: list[dict], target: Path) -> None:
     rows = [r for r in rows if 'step_ms' in r and r['row'] != 'none']
     models = list(dict.fromkeys(r['model'] for r in rows))
     figure, axes = _figure(11, 4.2 * max(1, len(models)), max(1, len(models)), 2)
+    colors = {row: f'C{i}' for i, row in enumerate(dict.fromkeys(r['row'] for r in rows))}
+    sizes = sorted({r['size'] for r in rows})
     for (left, right), model in zip(axes, models):
         for axis, key, label in ((left, 'step_ms', 'ms an image and step'), (right, 'peak_gb', 'peak memory, GB')):
             for row, mode in dict.fromkeys((r['row'], r['mode']) for r in rows if r['model'] == model):
@@ -250,8 +252,10 @@ def plot(rows: list[dict], target: Path) -> None:
                 if mine and (key == 'step_ms' or mode == 'eager'):
                     style = {'eager': 'o-', 'captured': 's--'}.get(mode, '^:')
                     axis.plot([r['size'] for r in mine], [share(r) for r in mine], style, markersize=4,
-                              label=f'{row}, {mode}')  # fmt: skip
+                              color=colors[row], label=f'{row}, {mode}')  # fmt: skip
             axis.set(xscale='log', yscale='log', xlabel='side of the image, pixels', ylabel=label, title=model)
+            axis.set_xticks(sizes, [str(size) for size in sizes])
+            axis.set_xticks([], minor=True)
             axis.grid(alpha=0.3)
         left.legend(fontsize=7)
     target.parent.mkdir(parents=True, exist_ok=True)
