@@ -22,11 +22,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from zoo.kernels import _dispatch
+from zoo.kernels._torch_gla import ZERO_GATE
 
 __all__ = ['gated_delta_rule', 'naive_gated_delta_rule']
 
 CHUNK = 64
-ZERO_DECAY = {torch.float32: -110.0, torch.float64: -750.0}  # log decays whose exponential is 0, denormals included
 
 
 def naive_gated_delta_rule(
@@ -62,7 +62,7 @@ def torch_gated_delta_rule(
 
     q, k, v = cut(q) * scale, cut(k), cut(v)
     # differences of sums follow, which infinities would turn into NaN
-    g, beta = cut(g.unsqueeze(-1)).clamp(min=ZERO_DECAY[wide]), cut(beta.unsqueeze(-1))
+    g, beta = cut(g.unsqueeze(-1)).clamp(min=ZERO_GATE[wide]), cut(beta.unsqueeze(-1))
     sums = g.cumsum(-2)
     lower = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).tril()
     decay = torch.where(lower, sums - sums.mT, float('-inf')).exp()
