@@ -149,8 +149,33 @@ def takes_triton(family: str, x: torch.Tensor) -> bool:
     return not exporting() and _ready(family, x.device, x.dtype, _forced)
 
 
+@functools.cache
+def _chosen(family: str, torch_path, device: torch.device, facts: tuple, forced: str):
+    first = torch.empty(0, device=device)
+    module = triton_module(family) if may_use_triton(first) else None
+    unsupported = module.unsupported(*facts) if module is not None else None
+    return module if select(family, first, unsupported=unsupported) == 'triton' else torch_path
+
+
+def implementation(family: str, torch_path, x: torch.Tensor, *facts):
+    """The module of an op's host code that runs: its torch path or that of its Triton kernels, remembered.
+
+    Args:
+        family: file name of the op under `kernels/`.
+        torch_path: module of the same functions in plain PyTorch.
+        x: one of the op's tensors.
+        facts: dtypes and sizes by which the Triton module's `unsupported(*facts)` decides.
+
+    Raises:
+        RuntimeError: if `kernel_backend('triton')` is forced and Triton cannot run.
+    """
+    return _chosen(family, torch_path, x.device, facts, _forced)
+
+
 def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     """The dtype in which autocast computes on this tensor's device, or None where it is off."""
+    if not torch._C._is_any_autocast_enabled():  # a fifth of the time
+        return None
     kind = x.device.type
     if kind == 'meta' or not torch.is_autocast_enabled(kind):
         return None

@@ -8,6 +8,7 @@ FLOP counters, meta tensors, functorch transforms and forward-mode AD the custom
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 
@@ -40,8 +41,8 @@ class Op:
     Args:
         name: qualified name of the custom op.
         forward: host code with a signature that `torch.library.infer_schema` understands; the first argument is a
-            tensor. It returns fresh tensors, never views of its arguments.
-        fake: shapes and dtypes of its results.
+            tensor. It returns fresh tensors, never views of its arguments, or None for a result that nobody needs.
+        fake: shapes and dtypes of its results; what can be None is empty there, in the first argument's dtype.
         setup: `setup_context(ctx, inputs, output)` as autograd functions have it.
         backward: `backward(ctx, *grads)`; gradients of unused results are None.
         any_strides: whether the compiler may choose the strides of the arguments: the results' strides must not depend
@@ -59,7 +60,15 @@ class Op:
     ):
         self._forward = forward
         tags = (torch.Tag.flexible_layout,) if any_strides else ()
-        self.custom = torch.library.custom_op(name, forward, mutates_args=(), tags=tags)
+
+        @functools.wraps(forward)
+        def full(*args):  # a custom op returns tensors only
+            output = forward(*args)
+            if type(output) is not tuple:
+                return output
+            return tuple(args[0].new_empty(0) if x is None else x for x in output)
+
+        self.custom = torch.library.custom_op(name, full, mutates_args=(), tags=tags)
         self.custom.register_fake(fake)
         self._function = None
         if backward is not None:

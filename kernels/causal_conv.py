@@ -94,8 +94,7 @@ def _backward(
     activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     module = _dispatch.triton_module('causal_conv')
-    grads = module.causal_conv_bwd(x, weight, bias, initial_state, dy, activation)
-    return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
+    return module.causal_conv_bwd(x, weight, bias, initial_state, dy, activation)
 
 
 def _backward_fake(x, weight, bias, initial_state, dy, activation):

@@ -99,8 +99,7 @@ def _backward(
     pre_activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     module = _dispatch.triton_module('depthwise_conv')
-    dx, dweight, dbias = module.depthwise_conv2d_bwd(x, weight, bias, dy, residual, activation, pre_activation)
-    return dx, dweight, x.new_empty(0) if dbias is None else dbias
+    return module.depthwise_conv2d_bwd(x, weight, bias, dy, residual, activation, pre_activation)
 
 
 def _backward_fake(x, weight, bias, dy, residual, activation, pre_activation):

@@ -86,9 +86,8 @@ def _gla_forward(
     reverse: bool,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    path = _implementation(q, k, v, g)
-    o, state = path.gla_fwd(q, k, v, g, scale, initial_state, output_final_state, reverse, cu_seqlens)
-    return o, q.new_empty(0) if state is None else state
+    path = _implementation(q, v, g)
+    return path.gla_fwd(q, k, v, g, scale, initial_state, output_final_state, reverse, cu_seqlens)
 
 
 def _gla_fake(q, k, v, g, scale, initial_state, output_final_state, reverse, cu_seqlens):
@@ -111,9 +110,8 @@ def _gla_backward(
     reverse: bool,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    path = _implementation(q, k, v, g)
-    grads = path.gla_bwd(q, k, v, g, scale, initial_state, do, dfinal, reverse, cu_seqlens)
-    return tuple(q.new_empty(0) if grad is None else grad for grad in grads)
+    path = _implementation(q, v, g)
+    return path.gla_bwd(q, k, v, g, scale, initial_state, do, dfinal, reverse, cu_seqlens)
 
 
 def _gla_backward_fake(q, k, v, g, scale, initial_state, do, dfinal, reverse, cu_seqlens):
@@ -149,7 +147,7 @@ def _bidirectional_forward(
     scale: float,
     cu_seqlens: Tensor | None,
 ) -> Tensor:
-    return _implementation(q, k, v, g_fwd).bidirectional_gla_fwd(q, k, v, g_fwd, g_bwd, scale, cu_seqlens)
+    return _implementation(q, v, g_fwd).bidirectional_gla_fwd(q, k, v, g_fwd, g_bwd, scale, cu_seqlens)
 
 
 def _bidirectional_backward(
@@ -162,9 +160,7 @@ def _bidirectional_backward(
     do: Tensor,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    path = _implementation(q, k, v, g_fwd)
-    grads = path.bidirectional_gla_bwd(q, k, v, g_fwd, g_bwd, scale, do, cu_seqlens)
-    return tuple(q.new_empty(0) if grad is None else grad for grad in grads)
+    return _implementation(q, v, g_fwd).bidirectional_gla_bwd(q, k, v, g_fwd, g_bwd, scale, do, cu_seqlens)
 
 
 def _bidirectional_backward_fake(q, k, v, g_fwd, g_bwd, scale, do, cu_seqlens):
@@ -197,13 +193,12 @@ _bidirectional_op = Op(
 )
 
 
-def _implementation(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None):
+def _implementation(q: Tensor, v: Tensor, g: Tensor | None):
     """The module whose `gla_fwd`, `gla_bwd`, ... run: the torch path or the Triton kernels."""
     if q.numel() == 0 or v.numel() == 0:
         return _torch_gla
-    module = _dispatch.triton_module('gla') if _dispatch.may_use_triton(q) else None
-    unsupported = module.unsupported(q, k, v, g) if module is not None else None
-    return module if _dispatch.select('gla', q, unsupported=unsupported) == 'triton' else _torch_gla
+    gates = None if g is None else g.dtype
+    return _dispatch.implementation('gla', _torch_gla, q, q.dtype, gates, q.shape[-1], v.shape[-1])
 
 
 def _state_dtype(q: Tensor) -> torch.dtype:

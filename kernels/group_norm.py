@@ -40,24 +40,22 @@ def naive_group_norm(
 
 def _forward(
     x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     return _dispatch.triton_module('group_norm').group_norm_fwd(x, groups, weight, bias, eps, silu, dtype)
 
 
 def _forward_fake(x, groups, weight, bias, eps, silu, dtype):
-    stats = x.new_empty((x.shape[0], groups), dtype=torch.float32)
-    return torch.empty_like(x, dtype=dtype), stats, torch.empty_like(stats)
+    return torch.empty_like(x, dtype=dtype), x.new_empty((x.shape[0], groups, 2), dtype=torch.float32)
 
 
 def _backward(
-    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor, dy: Tensor,
-    silu: bool,
+    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, stats: Tensor, dy: Tensor, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     path = _dispatch.triton_module('group_norm')
-    return path.group_norm_bwd(x, groups, weight, bias, mean, rstd, dy, silu)
+    return path.group_norm_bwd(x, groups, weight, bias, stats, dy, silu)
 
 
-def _backward_fake(x, groups, weight, bias, mean, rstd, dy, silu):
+def _backward_fake(x, groups, weight, bias, stats, dy, silu):
     sums = x.new_empty(x.shape[1], dtype=torch.float32)
     return torch.empty_like(x), sums, torch.empty_like(sums)
 
@@ -72,8 +70,8 @@ def _setup(ctx, inputs, output):
 
 
 def _chain(ctx, dy, *_):
-    x, weight, bias, mean, rstd = ctx.saved_tensors
-    dx, dweight, dbias = _backward_op(x, ctx.groups, weight, bias, mean, rstd, dy, ctx.silu)
+    x, weight, bias, stats = ctx.saved_tensors
+    dx, dweight, dbias = _backward_op(x, ctx.groups, weight, bias, stats, dy, ctx.silu)
     dweight = None if weight is None else dweight.to(weight.dtype)
     return dx, None, dweight, None if bias is None else dbias.to(bias.dtype), None, None, None
 

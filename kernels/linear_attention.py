@@ -79,19 +79,19 @@ def naive_rank_augmented(
 def _linear_forward(
     q: Tensor, k: Tensor, v: Tensor, eps: float, keep: bool, elu: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _implementation('linear_attention', q, k, v).linear_attention_fwd(q, k, v, eps, keep, elu)
+    return _implementation('linear_attention', q, v).linear_attention_fwd(q, k, v, eps, keep, elu)
 
 
 def _linear_fake(q, k, v, eps, keep, elu=False):
     batch, _, heads, key_dim = q.shape
-    state = lambda *shape: q.new_empty(shape if keep else 0, dtype=_state_dtype(q))  # noqa: E731
+    state = lambda *shape: q.new_empty(shape, dtype=_state_dtype(q)) if keep else q.new_empty(0)  # noqa: E731
     return v.new_empty(v.shape), state(batch, heads, key_dim, v.shape[-1]), state(batch, heads, key_dim)
 
 
 def _linear_backward(
     q: Tensor, k: Tensor, v: Tensor, kv: Tensor, mean: Tensor, do: Tensor, eps: float, elu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _implementation('linear_attention', q, k, v).linear_attention_bwd(q, k, v, kv, mean, do, eps, elu)
+    return _implementation('linear_attention', q, v).linear_attention_bwd(q, k, v, kv, mean, do, eps, elu)
 
 
 def _linear_backward_fake(q, k, v, kv, mean, do, eps, elu):
@@ -128,7 +128,7 @@ def _rank_forward(
     width: int,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    path = _implementation('rank_augmented', q, k, v)
+    path = _implementation('rank_augmented', q, v)
     return path.rank_augmented_fwd(q, k, v, lepe, gate, height, width, eps)
 
 
@@ -149,9 +149,8 @@ def _rank_backward(
     width: int,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    path = _implementation('rank_augmented', q, k, v)
-    grads = path.rank_augmented_bwd(q, k, v, lepe, gate, kept, dy, height, width, eps)
-    return tuple(q.new_empty(0) if grad is None else grad for grad in grads)
+    path = _implementation('rank_augmented', q, v)
+    return path.rank_augmented_bwd(q, k, v, lepe, gate, kept, dy, height, width, eps)
 
 
 def _rank_backward_fake(q, k, v, lepe, gate, kept, dy, height, width, eps):
@@ -178,13 +177,11 @@ _rank_backward_op = Op('zoo::rank_augmented_backward', _rank_backward, _rank_bac
 _rank_op = Op('zoo::rank_augmented', _rank_forward, _rank_fake, _rank_setup, _rank_gradients, any_strides=True)
 
 
-def _implementation(family: str, q: Tensor, k: Tensor, v: Tensor):
+def _implementation(family: str, q: Tensor, v: Tensor):
     """The module whose functions of this op run: the torch path or the Triton kernels."""
     if q.numel() == 0 or v.numel() == 0:
         return _torch_linear_attention
-    module = _dispatch.triton_module(family) if _dispatch.may_use_triton(q) else None
-    unsupported = module.unsupported(q, k, v) if module is not None else None
-    return module if _dispatch.select(family, q, unsupported=unsupported) == 'triton' else _torch_linear_attention
+    return _dispatch.implementation(family, _torch_linear_attention, q, q.dtype, q.shape[-1], v.shape[-1])
 
 
 def _differentiated(*tensors: Tensor | None) -> bool:

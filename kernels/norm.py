@@ -116,7 +116,7 @@ def _backward(
 
 def _backward_fake(stream, x, gamma, sample_scale, weight, bias, dy, dstream, eps, center, has_residual, dtype):
     likes = (stream if has_residual else None, gamma, weight, bias)
-    grads = (stream.new_empty(0, dtype=dtype) if like is None else like.new_empty(like.shape) for like in likes)
+    grads = (stream.new_empty(0) if like is None else like.new_empty(like.shape) for like in likes)
     return stream.new_empty(stream.shape, dtype=dtype), *grads
 
 

@@ -137,7 +137,7 @@ def _scan_backward(
     path = _implementation(u, A)
     grads = path.selective_scan_bwd(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse, dy)
     inputs = (u, delta, A, B, C, D, delta_bias)
-    return tuple(u.new_empty(0) if x is None else _laid_out_like(x, grad) for x, grad in zip(inputs, grads))
+    return tuple(None if x is None else _laid_out_like(x, grad) for x, grad in zip(inputs, grads))
 
 
 def _scan_backward_fake(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse, dy):
@@ -214,10 +214,7 @@ def _implementation(u: Tensor, A: Tensor, rank: int = 0):
     """The module whose `selective_scan_fwd`, ... run: the torch path or the Triton kernels."""
     if u.numel() == 0 or A.numel() == 0:
         return _torch_selective_scan
-    module = _dispatch.triton_module('selective_scan') if _dispatch.may_use_triton(u) else None
-    unsupported = module.unsupported(u, A, rank) if module is not None else None
-    chosen = _dispatch.select('selective_scan', u, unsupported=unsupported)
-    return module if chosen == 'triton' else _torch_selective_scan
+    return _dispatch.implementation('selective_scan', _torch_selective_scan, u, u.dtype, A.shape[1], rank)
 
 
 def _scan_flops(passes: int):

@@ -85,8 +85,7 @@ def _ssd_forward(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     path = _implementation(x, dt, B)
-    y, state = path.ssd_fwd(x, dt, A, B, C, D, initial_state, output_final_state, cu_seqlens)
-    return y, x.new_empty(0) if state is None else state
+    return path.ssd_fwd(x, dt, A, B, C, D, initial_state, output_final_state, cu_seqlens)
 
 
 def _ssd_fake(x, dt, A, B, C, D, initial_state, output_final_state, cu_seqlens):
@@ -109,8 +108,7 @@ def _ssd_backward(
     dfinal: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    grads = _implementation(x, dt, B).ssd_bwd(x, dt, A, B, C, D, initial_state, dy, dfinal, cu_seqlens)
-    return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
+    return _implementation(x, dt, B).ssd_bwd(x, dt, A, B, C, D, initial_state, dy, dfinal, cu_seqlens)
 
 
 def _ssd_backward_fake(x, dt, A, B, C, D, initial_state, dy, dfinal, cu_seqlens):
@@ -157,8 +155,7 @@ def _step_backward(
     dy: Tensor,
     dnew: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    grads = _torch_ssd.ssd_step_bwd(x, dt, A, B, C, state, D, dy, dnew)
-    return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
+    return _torch_ssd.ssd_step_bwd(x, dt, A, B, C, state, D, dy, dnew)
 
 
 def _step_backward_fake(x, dt, A, B, C, state, D, dy, dnew):
@@ -193,9 +190,7 @@ def _implementation(x: Tensor, dt: Tensor, B: Tensor):
     """The module whose `ssd_fwd`, `ssd_bwd`, ... run: the torch path or the Triton kernels."""
     if x.numel() == 0 or B.numel() == 0:
         return _torch_ssd
-    module = _dispatch.triton_module('ssd') if _dispatch.may_use_triton(x) else None
-    unsupported = module.unsupported(x, dt, B) if module is not None else None
-    return module if _dispatch.select('ssd', x, unsupported=unsupported) == 'triton' else _torch_ssd
+    return _dispatch.implementation('ssd', _torch_ssd, x, x.dtype, dt.dtype, x.shape[-1], B.shape[-1])
 
 
 def _state_dtype(x: Tensor) -> torch.dtype:

@@ -33,7 +33,7 @@ def compiled(monkeypatch):
 
 
 def test_without_hooks_nothing_is_called_beside_the_kernel(compiled):
-    _common.start(compiled, GRID, ARGS)
+    _common.start(compiled, GRID, ARGS[:1], ARGS[1:])
     expected = (3, 2, 1, 'stream', 'function', 'metadata', None, None, None, ARGS[0].data_ptr(), *ARGS[1:])
     assert compiled.calls == [('plain', expected)]
 
@@ -41,7 +41,7 @@ def test_without_hooks_nothing_is_called_beside_the_kernel(compiled):
 @pytest.mark.parametrize('name', ['launch_enter_hook', 'launch_exit_hook'])
 def test_hooks_of_profilers_see_every_launch(compiled, monkeypatch, name):
     monkeypatch.setattr(knobs.runtime, name, lambda metadata: None)
-    _common.start(compiled, GRID, ARGS)
+    _common.start(compiled, GRID, ARGS[:1], ARGS[1:])
     assert compiled.calls == [('hooked', GRID, ARGS)]
 
 

@@ -174,6 +174,6 @@ def _poisoned(x):
 @inner
 def test_unsupported():
     x = torch.zeros(1, 1, 1, 16)
-    assert gla.unsupported(x, x, x, None) is None
-    assert 'float64' in gla.unsupported(x.double(), x, x, None)
-    assert '128' in gla.unsupported(x, x, torch.zeros(1, 1, 1, 256), x)
+    assert gla.unsupported(x.dtype, None, 64, 64) is None
+    assert 'float64' in gla.unsupported(torch.float64, None, 64, 64)
+    assert '128' in gla.unsupported(x.dtype, x.dtype, 64, 256)

@@ -157,6 +157,6 @@ def test_public_op_and_its_gradients():
 @inner
 def test_unsupported():
     x = torch.zeros(1, 1, 1, 16)
-    assert ssd.unsupported(x, x, x) is None
-    assert 'float64' in ssd.unsupported(x.double(), x, x)
-    assert '256' in ssd.unsupported(x, x, torch.zeros(1, 1, 1, 257))
+    assert ssd.unsupported(x.dtype, x.dtype, 64, 64) is None
+    assert 'float64' in ssd.unsupported(torch.float64, x.dtype, 64, 64)
+    assert '256' in ssd.unsupported(x.dtype, x.dtype, 64, 257)

@@ -164,20 +164,20 @@ def on_device_of_first(function):
     return wrapped
 
 
-def start(compiled, grid: tuple, args: tuple) -> None:
+def start(compiled, grid: tuple, tensors: tuple, rest: tuple) -> None:
     """Start a compiled kernel, which has run before, on the current device's stream.
 
-    `compiled[grid](*args)` calls the hooks of profilers at every launch and asks the driver about every tensor, most of
-    its time. Where no profiler has hung one in, they are left out, and addresses are given for tensors.
+    `compiled[grid](*tensors, *rest)` calls the hooks of profilers at every launch and asks the driver about every
+    tensor, most of its time. Where no profiler has hung one in, they are left out, and addresses are given for tensors.
     """
     runtime = knobs.runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     if getattr(enter, 'calls', enter) or getattr(leave, 'calls', leave):
-        compiled[grid](*args)
+        compiled[grid](*tensors, *rest)
         return
     stream = torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())
-    args = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in args]
-    compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *args)
+    places = [x if x is None else x.data_ptr() for x in tensors]
+    compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *places, *rest)
 
 
 _launched: dict[tuple, object] = {}
@@ -190,7 +190,7 @@ class Launch:
 
     Args:
         kernel: its arguments are the tensors, `sizes`, then the constants by name.
-        grid: three sizes, none of them zero.
+        grid: three sizes; a launch with a zero in it is left out.
         sizes: run-time numbers, none of them specialised by the kernel.
         consts: its compile-time constants, in the kernel's order.
         warps: per program.
@@ -214,7 +214,9 @@ class Launch:
             tensors: pointers, None where absent.
         """
         if aligned and self.compiled is not None:
-            start(self.compiled, self.grid, (*tensors, *self.rest))
+            start(self.compiled, self.grid, tensors, self.rest)
+        elif 0 in self.grid:
+            return
         elif interpreting():
             self.kernel[self.grid](*tensors, *self.sizes, **self.consts)
         else:
@@ -243,10 +245,8 @@ def plan(kind: type, options: tuple, *tensors: torch.Tensor | None):
         options: numbers and types on which they depend too.
         tensors: the pass's arguments, None where absent, all on the first one's device.
     """
-    key = [kind, options, tensors[0].device]
-    for x in tensors:
-        key += (None,) if x is None else (x.shape, x.dtype, x.stride())
-    key = tuple(key)
+    of = [None if x is None else (x.shape, x.dtype, x.stride()) for x in tensors]
+    key = (kind, options, tensors[0].device, *of)
     found = _plans.get(key)
     if found is None:
         if len(_plans) > 4096:
@@ -269,7 +269,7 @@ def launch(
 
     Args:
         kernel: as for `Launch`, like the arguments after `tensors`.
-        grid: three sizes; a launch with a zero in it is left out.
+        grid: as for `Launch`.
         tensors: pointers, None where absent; the kernel runs on the first one's device.
         sizes: as for `Launch`.
         consts: as for `Launch`.
@@ -295,7 +295,7 @@ def launch(
     key = (kernel.fn, device, ends % 16, warps, stages, registers, values, *types)
     found = _launched.get(key)
     if found is not None:
-        start(found, grid, (*tensors, *sizes, *values))
+        start(found, grid, tensors, (*sizes, *values))
         return
     once = Launch(kernel, grid, sizes, consts, warps, stages, registers)
     once(ends % 16 == 0, *tensors)

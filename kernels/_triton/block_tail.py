@@ -162,12 +162,12 @@ def block_tail_kernel(
 
 def block_tail(stream, o, local, gate, gate_bias, w_global, w_local, eps_mix, silu, w_out, w_norm, b_norm, eps, w_up,
                w_down, w_next, b_next, eps_next, center):  # fmt: skip
-    """The new stream and its norm by `w_next` (empty without one); weights of products in o's dtype."""
+    """The new stream and its norm by `w_next` (None without one); weights of products in o's dtype."""
     H, V = o.shape[-2:]
     C, M = w_down.shape
     N = stream.numel() // C
-    new = torch.empty(stream.shape, dtype=stream.dtype, device=o.device)
-    y = None if w_next is None else torch.empty(stream.shape, dtype=o.dtype, device=o.device)
+    new = torch.empty(*stream.shape, dtype=stream.dtype, device=o.device)
+    y = None if w_next is None else torch.empty(*stream.shape, dtype=o.dtype, device=o.device)
     (stream, SS), (o, SO), (local, SL), (gate, SG) = token_rows(stream), *(token_rows(x, 2) for x in (o, local, gate))
     cfg = config(o.dtype, C)
     B1, B2 = pieces(C)
@@ -179,4 +179,4 @@ def block_tail(stream, o, local, gate, gate_bias, w_global, w_local, eps_mix, si
                b_next, new, y)  # fmt: skip
     launch(block_tail_kernel, (ceil_div(N, cfg.bt), 1, 1), tensors, (N, eps_mix, eps, eps_next), consts, cfg.warps,
            cfg.stages)  # fmt: skip
-    return new, torch.empty(0, dtype=o.dtype, device=o.device) if y is None else y
+    return new, y

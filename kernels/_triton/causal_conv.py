@@ -111,7 +111,7 @@ def _sizes(x: Tensor, weight: Tensor, activation: str | None, tile: int) -> tupl
 def causal_conv_fwd(x, weight, bias, init, activation):
     """y (B, T, C) in x's dtype; init (B, C, W) or None."""
     N, T, blocks, consts = _sizes(x, weight, activation, _TILE)
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = torch.empty(*x.shape, dtype=x.dtype, device=x.device)
     x, SX = token_rows(x)
     weight = weight.contiguous()
     init = None if init is None else init.contiguous()
@@ -124,12 +124,12 @@ def causal_conv_bwd(x, weight, bias, init, dy, activation):
     """Gradients of x, weight, bias (or None) and init (or None)."""
     N, T, blocks, consts = _sizes(x, weight, activation, _TILE // 2)
     W, C, BN, device = consts['W'], consts['C'], consts['BN'], x.device
-    dx = torch.empty(x.shape, dtype=x.dtype, device=device)
+    dx = torch.empty(*x.shape, dtype=x.dtype, device=device)
     x, SX = token_rows(x)
     weight, dy = weight.contiguous(), dy.contiguous()
     init = None if init is None else init.contiguous()
     count = max(1, min(ceil_div(4 * programs(device), blocks), ceil_div(N, BN)))
-    partial = torch.empty((count, W + 1, C), dtype=torch.float32, device=device)
+    partial = torch.empty(count, W + 1, C, dtype=torch.float32, device=device)
     consts = {'SX': SX, **{k: consts[k] for k in ('C', 'W', 'SILU')}, 'BW': next_power(W + 1, 2), 'BN': BN,
               'BC': consts['BC']}  # fmt: skip
     tensors = (x, weight, bias, init, dy, dx, partial)

@@ -166,7 +166,7 @@ def conv_norm_fwd(x, weight, bias, w_norm, b_norm, eps, stride, padding, activat
     B, CIN, h, w = x.shape
     C, _, KH, KW = weight.shape
     oh, ow = ((n + 2 * padding - k) // stride + 1 for n, k in ((h, KH), (w, KW)))
-    y = torch.empty((B, oh, ow, C), dtype=dtype, device=x.device)
+    y = torch.empty(B, oh, ow, C, dtype=dtype, device=x.device)
     few = CIN <= FEW
     cfg = config(few, CIN)
     B1, B2 = pieces(C)

@@ -172,7 +172,7 @@ def _run(x, weights, biases, residual=None, swiglu=False, conv=(None, None, None
     weights = [w.contiguous() for w in weights]
     sizes = [w.shape[0] for w in weights] + [0] * (5 - len(weights))
     total = sizes[0] if swiglu else sum(sizes)
-    y = torch.empty((B, total), dtype=x.dtype, device=x.device)
+    y = torch.empty(B, total, dtype=x.dtype, device=x.device)
     R = 4 if swiglu else 8
     BK = min(_PIECE, next_power(C))
     conv_weight, conv_bias, conv_state = conv
@@ -210,7 +210,7 @@ def mamba2_step_(mixed, state, dt_bias, A_log, D, norm_weight, eps, kv_heads):
     """Heads' outputs (B, H, d); the state is overwritten."""
     batch, H, dim, _ = state.shape
     mixed = mixed if mixed.stride(-1) == 1 else mixed.contiguous()
-    y = torch.empty((batch, H, dim), dtype=mixed.dtype, device=mixed.device)
+    y = torch.empty(batch, H, dim, dtype=mixed.dtype, device=mixed.device)
     BD = next_power(dim)
     consts = {'SM': mixed.stride(0), 'H': H, 'K': kv_heads, 'D': dim, 'BD': BD}
     tensors = (mixed, state, dt_bias, A_log, D, norm_weight, y)

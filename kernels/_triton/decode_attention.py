@@ -131,7 +131,7 @@ def rotate_and_store_(q, k, v, cos, sin, keys, values, place):
     q, k, v, cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v, cos, sin))
     B, K, G, D = q.shape
     sin = sin if sin.stride(0) == cos.stride(0) else sin.contiguous()
-    y = torch.empty((B, K * G, D), dtype=q.dtype, device=q.device)
+    y = torch.empty(B, K * G, D, dtype=q.dtype, device=q.device)
     consts = {'K': K, 'G': G, 'BG': next_power(G, 1), 'HALF': D // 2, 'BH': next_power(D // 2)}
     sizes = (*q.stride()[:3], *k.stride()[:2], *v.stride()[:2], 0 if len(cos) == 1 else cos.stride(0), keys.shape[2])
     tensors = (q, k, v, cos, sin, keys, values, place, y)
@@ -153,8 +153,8 @@ def attention(q, keys, values, length, start, scale):
     q, keys, values = q.contiguous(), _buffer(keys), _buffer(values)
     splits = max(1, min(ceil_div(PROGRAMS, B * K), ceil_div(capacity, 2 * _KEYS)))
     G = H // K
-    part = torch.empty((B, K, splits, G, D), dtype=torch.float32, device=q.device)
-    norms = torch.empty((B, K, splits, G, 2), dtype=torch.float32, device=q.device)
+    part = torch.empty(B, K, splits, G, D, dtype=torch.float32, device=q.device)
+    norms = torch.empty(B, K, splits, G, 2, dtype=torch.float32, device=q.device)
     y = torch.empty_like(q)
     ct, prec = compute_types(q.dtype)
     BD = next_power(D)

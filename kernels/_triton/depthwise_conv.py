@@ -401,7 +401,7 @@ def depthwise_conv2d_fwd(x, weight, bias, residual, activation, pre_activation, 
     """
     x = _channels_last(x)
     if x.numel() == 0:
-        return torch.empty(x.shape, dtype=out_dtype, device=x.device)
+        return torch.empty(*x.shape, dtype=out_dtype, device=x.device)
     weight = weight if weight.is_contiguous() else weight.contiguous()
     return _out(x, weight, bias, None, residual, activation, pre_activation, out_dtype, weight.shape[-1])
 
@@ -412,7 +412,7 @@ def depthwise_conv2d_bwd(x, weight, bias, dy, residual, activation, pre_activati
     B, H, W, C = x.shape
     K = weight.shape[-1]
     dx = torch.empty(B, H, W, C, dtype=x.dtype, device=x.device)
-    dweight = torch.empty(weight.shape, dtype=weight.dtype, device=x.device)
+    dweight = torch.empty(*weight.shape, dtype=weight.dtype, device=x.device)
     dbias = None if bias is None else torch.empty(C, dtype=bias.dtype, device=x.device)
     if x.numel() == 0:
         return dx, dweight.zero_(), None if bias is None else dbias.zero_()

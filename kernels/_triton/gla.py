@@ -84,16 +84,13 @@ def _options(warps: int, stages: int, registers: int | None = None) -> dict:
     return options if registers is None else options | {'maxnreg': registers}
 
 
-def unsupported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *gates: torch.Tensor | None) -> str | None:
-    """Why the kernels cannot take these tensors, or None."""
-    if q.dtype not in DTYPES:
-        return f'dtype {str(q.dtype).removeprefix("torch.")}'
-    for g in gates:
-        if g is not None and g.dtype not in DTYPES:
-            return f'gates in {str(g.dtype).removeprefix("torch.")}'
-    if q.shape[-1] > MAX_DIM or v.shape[-1] > MAX_DIM:
-        return f'head dimension above {MAX_DIM} (K = {q.shape[-1]}, V = {v.shape[-1]})'
-    return None
+def unsupported(dtype: torch.dtype, gates: torch.dtype | None, K: int, V: int) -> str | None:
+    """Why the kernels cannot take q, k, v of `dtype` with gates of that type (None without), or None."""
+    if dtype not in DTYPES:
+        return f'dtype {str(dtype).removeprefix("torch.")}'
+    if gates is not None and gates not in DTYPES:
+        return f'gates in {str(gates).removeprefix("torch.")}'
+    return f'head dimension above {MAX_DIM} (K = {K}, V = {V})' if max(K, V) > MAX_DIM else None
 
 
 def _rows(x: torch.Tensor | None) -> torch.Tensor | None:
@@ -120,7 +117,7 @@ class Table:
         """`chunks`, `segs` and `spans` of `gla_kernel_table`."""
         ints, cu_seqlens = dict(dtype=torch.int32, device=cu_seqlens.device), cu_seqlens.contiguous()
         chunks, segs = torch.full((sum(self.rows), 4), -1, **ints).split_with_sizes(self.rows)
-        spans = torch.empty((self.sequences, 2), **ints)
+        spans = torch.empty(self.sequences, 2, **ints)
         self.fill(aligned(cu_seqlens), cu_seqlens, chunks, segs, spans)
         return chunks, segs, spans
 
@@ -237,15 +234,15 @@ class _Run:
         ends |= self.init.data_ptr() | self.dinit.data_ptr()
         self.code = steps.codes[ends % 16 == 0]
 
-        self.states = torch.empty(steps.state_shape, dtype=steps.state_dtype, device=device)
+        self.states = torch.empty(*steps.state_shape, dtype=steps.state_dtype, device=device)
         self.totals = self.prefix = self.seg_state = self.seg_total = q
         if steps.gate and not steps.sweep:
-            self.totals = torch.empty(steps.total_shape, dtype=torch.float32, device=device)
-            self.prefix = torch.empty(steps.total_shape, dtype=torch.float32, device=device)
+            self.totals = torch.empty(*steps.total_shape, dtype=torch.float32, device=device)
+            self.prefix = torch.empty(*steps.total_shape, dtype=torch.float32, device=device)
         # The kernels' code must not depend on whether there are several segments: same types in both cases.
         if steps.several:
-            self.seg_state = torch.empty(steps.seg_shape, dtype=torch.float32, device=device)
-            self.seg_total = torch.empty((steps.seg_shape[0], steps.cfg.bk), dtype=torch.float32, device=device)
+            self.seg_state = torch.empty(*steps.seg_shape, dtype=torch.float32, device=device)
+            self.seg_total = torch.empty(steps.seg_shape[0], steps.cfg.bk, dtype=torch.float32, device=device)
         else:
             self.seg_state = self.seg_total = _nothing(device)
         self.chunks = self.segs = self.spans = q
@@ -294,10 +291,10 @@ def _nothing(device: torch.device) -> torch.Tensor:
 def _forward(q, k, v, gf, gb, scale, init, output_final_state, cu_seqlens, dirs):
     run = _Run(q, k, v, gf, gb, scale, init, cu_seqlens, dirs, output_final_state)
     steps = run.plan
-    o = torch.empty(steps.out_shape, dtype=q.dtype, device=q.device)
+    o = torch.empty(*steps.out_shape, dtype=q.dtype, device=q.device)
     final = None
     if output_final_state:
-        final = torch.empty((steps.N, steps.H, q.shape[-1], v.shape[-1]), dtype=torch.float32, device=q.device)
+        final = torch.empty(steps.N, steps.H, q.shape[-1], v.shape[-1], dtype=torch.float32, device=q.device)
     run.run_states(final)
     tensors = [run.q, run.k, run.v, run.gf, run.gb, o, run.states]
     if steps.sweep:
@@ -312,10 +309,10 @@ def _forward(q, k, v, gf, gb, scale, init, output_final_state, cu_seqlens, dirs)
 @on_device_of_first
 def _backward(q, k, v, gf, gb, scale, init, do, dfinal, cu_seqlens, dirs):
     run = _Run(q, k, v, gf, gb, scale, init, cu_seqlens, dirs, init is not None, do, dfinal)
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    dgf = None if gf is None else torch.empty(gf.shape, dtype=gf.dtype, device=q.device)
-    dgb = None if gb is None else torch.empty(gb.shape, dtype=gb.dtype, device=q.device)
-    dinit = None if init is None else torch.empty(init.shape, dtype=torch.float32, device=q.device)
+    dq, dk, dv = (torch.empty(*x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dgf = None if gf is None else torch.empty(*gf.shape, dtype=gf.dtype, device=q.device)
+    dgb = None if gb is None else torch.empty(*gb.shape, dtype=gb.dtype, device=q.device)
+    dinit = None if init is None else torch.empty(*init.shape, dtype=torch.float32, device=q.device)
     run.run_states(dinit)
     run.run_chunks('gradients', gla_bwd_kernel_chunk, None,
                    [run.q, run.k, run.v, run.do, run.gf, run.gb, dq, dk, dv, dq if dgf is None else dgf,

@@ -63,7 +63,7 @@ def joined(sums, b, parts, C, cols, ok, BP: tl.constexpr, BC: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def gn_kernel_statistics(x, sums, mean, rstd, S, parts, units, groups, size, eps, A: tl.constexpr, BP: tl.constexpr,
+def gn_kernel_statistics(x, sums, stats, S, parts, units, groups, size, eps, A: tl.constexpr, BP: tl.constexpr,
                          BC: tl.constexpr):  # fmt: skip
     """Of one group: `size` channels."""
     g, b, C = tl.program_id(0), tl.program_id(1).to(tl.int64), units * A
@@ -75,26 +75,26 @@ def gn_kernel_statistics(x, sums, mean, rstd, S, parts, units, groups, size, eps
     middle = tl.sum(tl.where(ok, centre, 0.0), 0) / size
     off = tl.where(ok, centre - middle, 0.0)
     variance = (spread + count * tl.sum(off * off, 0)) / (count * size)
-    tl.store(mean + b * groups + g, middle)
-    tl.store(rstd + b * groups + g, 1.0 / tl.sqrt(tl.maximum(variance, 0.0) + eps))
+    tl.store(stats + (b * groups + g) * 2, middle)
+    tl.store(stats + (b * groups + g) * 2 + 1, 1.0 / tl.sqrt(tl.maximum(variance, 0.0) + eps))
 
 
 @triton.jit
-def factors(mean, rstd, weight, bias, b, cols, ok, groups, size):
+def factors(stats, weight, bias, b, cols, ok, groups, size):
     """scale and shift of z = (x - m) scale + shift, m, and 1 / standard deviation, per channel."""
-    g = b * groups + cols // size
-    m, r = tl.load(mean + g, mask=ok, other=0.0), tl.load(rstd + g, mask=ok, other=0.0)
+    at = stats + (b * groups + cols // size) * 2
+    m, r = tl.load(at, mask=ok, other=0.0), tl.load(at + 1, mask=ok, other=0.0)
     scale = r if weight is None else r * tl.load(weight + cols, mask=ok, other=0.0).to(tl.float32)
     shift = tl.zeros_like(m) if bias is None else tl.load(bias + cols, mask=ok, other=0.0).to(tl.float32)
     return scale, shift, m, r
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def gn_kernel_apply(x, y, mean, rstd, weight, bias, S, per, units, groups, size, A: tl.constexpr, BT: tl.constexpr,
+def gn_kernel_apply(x, y, stats, weight, bias, S, per, units, groups, size, A: tl.constexpr, BT: tl.constexpr,
                     BC: tl.constexpr, SILU: tl.constexpr):  # fmt: skip
     b, first, end, cols = place(S, per, units, A, BC)
     C, ok = units * A, cols < units * A
-    scale, shift, m, r = factors(mean, rstd, weight, bias, b, cols, ok, groups, size)
+    scale, shift, m, r = factors(stats, weight, bias, b, cols, ok, groups, size)
     x, y = x + b * S * C, y + b * S * C
     for t in range(first, end, BT):
         rows = t + tl.arange(0, BT)
@@ -116,12 +116,12 @@ def silu_gradient(dy, x, m, scale, shift, SILU: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def gn_kernel_gradient_sums(x, dy, sums, mean, rstd, weight, bias, S, per, parts, units, groups, size,
+def gn_kernel_gradient_sums(x, dy, sums, stats, weight, bias, S, per, parts, units, groups, size,
                             A: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, SILU: tl.constexpr):  # fmt: skip
     """Over pixels: of dz, and of dz (x - mean) rstd."""
     b, first, end, cols = place(S, per, units, A, BC)
     C, ok = units * A, cols < units * A
-    scale, shift, m, r = factors(mean, rstd, weight, bias, b, cols, ok, groups, size)
+    scale, shift, m, r = factors(stats, weight, bias, b, cols, ok, groups, size)
     x, dy = x + b * S * C, dy + b * S * C
     one, two = tl.zeros((BT, BC), tl.float32), tl.zeros((BT, BC), tl.float32)
     for t in range(first, end, BT):
@@ -156,12 +156,12 @@ def gn_kernel_gradient_means(sums, total, means, weight, S, parts, units, groups
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def gn_kernel_gradient(x, dy, dx, means, mean, rstd, weight, bias, S, per, units, groups, size, A: tl.constexpr,
+def gn_kernel_gradient(x, dy, dx, means, stats, weight, bias, S, per, units, groups, size, A: tl.constexpr,
                        BT: tl.constexpr, BC: tl.constexpr, SILU: tl.constexpr):  # fmt: skip
     """dx = rstd (weight dz - mean(weight dz) - xhat mean(weight dz xhat)), xhat = (x - mean) rstd."""
     b, first, end, cols = place(S, per, units, A, BC)
     C, ok = units * A, cols < units * A
-    scale, shift, m, r = factors(mean, rstd, weight, bias, b, cols, ok, groups, size)
+    scale, shift, m, r = factors(stats, weight, bias, b, cols, ok, groups, size)
     at_group = means + (b * groups + cols // size) * 2
     mean1 = tl.load(at_group, mask=ok, other=0.0) * r
     mean2 = tl.load(at_group + 1, mask=ok, other=0.0) * r * r
@@ -178,7 +178,7 @@ def gn_kernel_gradient(x, dy, dx, means, mean, rstd, weight, bias, S, per, units
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def gn_kernel_whole(x, y, mean, rstd, weight, bias, S, units, groups, size, eps, A: tl.constexpr, BT: tl.constexpr,
+def gn_kernel_whole(x, y, stats, weight, bias, S, units, groups, size, eps, A: tl.constexpr, BT: tl.constexpr,
                     BC: tl.constexpr, SILU: tl.constexpr):  # fmt: skip
     """The whole forward pass of one group; its second reading comes from cache."""
     g, b, C = tl.program_id(0), tl.program_id(1).to(tl.int64), units * A
@@ -197,8 +197,8 @@ def gn_kernel_whole(x, y, mean, rstd, weight, bias, S, units, groups, size, eps,
     off = tl.sum(tl.sum(one, 0), 0) / count
     m = pivot + off
     r = 1.0 / tl.sqrt(tl.maximum(tl.sum(tl.sum(two, 0), 0) / count - off * off, 0.0) + eps)
-    tl.store(mean + b * groups + g, m)
-    tl.store(rstd + b * groups + g, r)
+    tl.store(stats + (b * groups + g) * 2, m)
+    tl.store(stats + (b * groups + g) * 2 + 1, r)
     scale = tl.zeros((BC,), tl.float32) + r
     if weight is not None:
         scale *= tl.load(weight + cols, mask=ok, other=0.0).to(tl.float32)
@@ -234,7 +234,7 @@ class _Plan:
         bt, bc, warps = tile(C)
         unit = next(u for u in (16, 8, 4, 2, 1) if C % u == 0)
         units, blocks = C // unit, ceil_div(C, bc)
-        self.device, self.stats = device, (B, groups)
+        self.stats = B, groups, 2
         wanted = max(1, programs(device) // (B * blocks))
         per = ceil_div(ceil_div(S, min(wanted, ceil_div(S, 4 * bt))), bt) * bt
         parts = ceil_div(S, per)
@@ -259,33 +259,30 @@ class _Plan:
 
 @on_device_of_first
 def group_norm_fwd(x, groups: int, weight, bias, eps: float, silu: bool, dtype: torch.dtype):
-    """y like x in `dtype`; fp32 mean and 1 / standard deviation (B, G)."""
+    """y like x in `dtype`; fp32 mean and 1 / standard deviation (B, G, 2)."""
     steps = plan(_Plan, (groups, eps, silu, dtype), x, weight, bias)
     fp32 = dict(dtype=torch.float32, device=x.device)
     at_16 = aligned(x, weight, bias)
+    y, stats = torch.empty_like(x, dtype=dtype), torch.empty(*steps.stats, **fp32)
     if steps.whole is not None:
-        y = torch.empty_like(x, dtype=dtype)
-        mean, rstd = torch.empty(steps.stats, **fp32), torch.empty(steps.stats, **fp32)
-        steps.whole(at_16, x, y, mean, rstd, weight, bias)
-        return y, mean, rstd
-    sums = torch.empty(steps.sums, **fp32)
+        steps.whole(at_16, x, y, stats, weight, bias)
+        return y, stats
+    sums = torch.empty(*steps.sums, **fp32)
     steps.add(at_16, x, sums)
-    y = torch.empty_like(x, dtype=dtype)
-    mean, rstd = torch.empty(steps.stats, **fp32), torch.empty(steps.stats, **fp32)
-    steps.join(at_16, x, sums, mean, rstd)
-    steps.apply(at_16, x, y, mean, rstd, weight, bias)
-    return y, mean, rstd
+    steps.join(at_16, x, sums, stats)
+    steps.apply(at_16, x, y, stats, weight, bias)
+    return y, stats
 
 
 @on_device_of_first
-def group_norm_bwd(x, groups: int, weight, bias, mean, rstd, dy, silu: bool):
+def group_norm_bwd(x, groups: int, weight, bias, stats, dy, silu: bool):
     """dx like x; fp32 gradients of weight and bias (C,)."""
     dy = dy.contiguous(memory_format=torch.channels_last)
     steps = plan(_Plan, (groups, 0.0, silu, dy.dtype), x, weight, bias)
     fp32 = dict(dtype=torch.float32, device=x.device)
-    sums, total, means = (torch.empty(n, **fp32) for n in (steps.sums, steps.channels, (*steps.stats, 2)))
+    sums, total, means = (torch.empty(*n, **fp32) for n in (steps.sums, steps.channels, steps.stats))
     dx, at_16 = torch.empty_like(x), aligned(x, dy, weight, bias)
-    steps.add_back(at_16, x, dy, sums, mean, rstd, weight, bias)
+    steps.add_back(at_16, x, dy, sums, stats, weight, bias)
     steps.join_back(at_16, sums, total, means, weight)
-    steps.back(at_16, x, dy, dx, means, mean, rstd, weight, bias)
+    steps.back(at_16, x, dy, dx, means, stats, weight, bias)
     return dx, total[:, 1].sum(0), total[:, 0].sum(0)

@@ -99,13 +99,11 @@ def sum_types(dtype: torch.dtype) -> tuple[tl.dtype, str]:
     return (tl.bfloat16 if dtype == torch.bfloat16 else tl.float16), 'tf32'
 
 
-def unsupported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
-    """Why the kernels cannot take these tensors, or None."""
-    if q.dtype not in DTYPES:
-        return f'dtype {str(q.dtype).removeprefix("torch.")}'
-    if q.shape[-1] > MAX_DIM or v.shape[-1] > MAX_DIM:
-        return f'head dimension above {MAX_DIM} (K = {q.shape[-1]}, V = {v.shape[-1]})'
-    return None
+def unsupported(dtype: torch.dtype, K: int, V: int) -> str | None:
+    """Why the kernels cannot take q, k (K channels a head) and v (V) of a dtype, or None."""
+    if dtype not in DTYPES:
+        return f'dtype {str(dtype).removeprefix("torch.")}'
+    return f'head dimension above {MAX_DIM} (K = {K}, V = {V})' if max(K, V) > MAX_DIM else None
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -411,7 +409,9 @@ def span(tokens: int, heads: int, tile: int, device: torch.device) -> int:
 
 def sums_of_parts(parts: int, kv: torch.Tensor, single: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Where the parts' sums go: straight to the final ones when there is one part."""
-    return (kv, single) if parts == 1 else tuple(x.new_empty((parts, *x.shape)) for x in (kv, single))
+    if parts == 1:
+        return kv, single
+    return tuple(torch.empty(parts, *x.shape, dtype=x.dtype, device=x.device) for x in (kv, single))
 
 
 def merge_launch(heads: int, K: int, V: int, parts: int, singles: int, share: float) -> Launch:
@@ -430,14 +430,13 @@ class _ForwardPlan:
         (st, sprec), (ct, prec) = sum_types(q.dtype), compute_types(q.dtype)
         blocks = lambda bt: {'K': K, 'V': V, 'BT': bt, 'BK': cfg.bk, 'BV': cfg.bv, 'A': unit}  # noqa: E731
         self.parts, per = cut(T, B * H * cfg.nv, cfg.sums, device)
-        self.o, self.kv, self.mean, self.device = (B, T, H, V), (B, H, K, V), (B, H, K), device
+        self.o, self.kv, self.mean = (B, T, H, V), (B, H, K, V), (B, H, K)
+        self.in_place = all(rows(x) is x for x in (q, k, v))
         self.head = None
         if self.parts == 1 and cfg.head is not None:
             consts = blocks(cfg.head.bt) | {'ST': st, 'SPREC': sprec, 'CT': ct, 'PREC': prec, 'KEEP': keep, 'ELU': elu}
             sizes = (T, H, 1 / T, eps, *strides(unit, q, k, v))
             self.head = Launch(la_fwd_kernel_head, (1, B * H, cfg.nv), sizes, consts, *cfg.head.launch)
-            if not keep:
-                self.kv = self.mean = (0,)
             return
         sizes = (T, per, H, 1 / T if self.parts == 1 else 1.0, *strides(unit, k, v))
         self.sums = Launch(la_fwd_kernel_sums, (self.parts, B * H, cfg.nv), sizes,
@@ -479,13 +478,18 @@ class _BackwardPlan:
 
 @on_device_of_first
 def linear_attention_fwd(q, k, v, eps: float, keep: bool, elu: bool):
-    """Outputs (B, T, H, V); fp32 mean of k v^T (B, H, K, V) and of k (B, H, K), empty ones unless `keep`."""
-    q, k, v = rows(q), rows(k), rows(v)
+    """Outputs (B, T, H, V); fp32 mean of k v^T (B, H, K, V) and of k (B, H, K), None unless `keep`."""
     steps = plan(_ForwardPlan, (eps, keep, elu), q, k, v)
+    if not steps.in_place:
+        q, k, v = rows(q), rows(k), rows(v)
+        steps = plan(_ForwardPlan, (eps, keep, elu), q, k, v)
     at_16 = aligned(q, k, v)
-    o = torch.empty(steps.o, dtype=q.dtype, device=q.device)
+    o = torch.empty(*steps.o, dtype=q.dtype, device=q.device)
     fp32 = dict(dtype=torch.float32, device=q.device)
-    kv, mean = torch.empty(steps.kv, **fp32), torch.empty(steps.mean, **fp32)
+    if steps.head is not None and not keep:
+        steps.head(at_16, q, k, v, o, None, None)
+        return o, None, None
+    kv, mean = torch.empty(*steps.kv, **fp32), torch.empty(*steps.mean, **fp32)
     if steps.head is not None:
         steps.head(at_16, q, k, v, o, kv, mean)
         return o, kv, mean
@@ -494,7 +498,7 @@ def linear_attention_fwd(q, k, v, eps: float, keep: bool, elu: bool):
     if steps.parts > 1:
         steps.merge(True, parts_kv, parts_mean, kv, mean)
     steps.out(at_16, q, o, kv, mean)
-    return (o, kv, mean) if keep else (o, kv.new_empty(0), kv.new_empty(0))
+    return (o, kv, mean) if keep else (o, None, None)
 
 
 @on_device_of_first
@@ -503,7 +507,7 @@ def linear_attention_bwd(q, k, v, kv, mean, do, eps: float, elu: bool):
     q, k, v, do = rows(q), rows(k), rows(v), rows(do)
     steps = plan(_BackwardPlan, (eps, elu), q, k, v, do)
     at_16 = aligned(q, k, v, do, kv, mean)
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dq, dk, dv = (torch.empty(*x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     if steps.head is not None:
         steps.head(at_16, q, k, v, do, dq, dk, dv, kv, mean)
         return dq, dk, dv

@@ -136,7 +136,7 @@ def _mix_consts(o, strides, gate_logits, silu, tile) -> dict:
 
 def mix_fwd(o, local, gate, gate_bias, w_global, w_local, eps, gate_logits, silu):
     """The mixture (B, T, H, V) in o's dtype."""
-    y = torch.empty(o.shape, dtype=o.dtype, device=o.device)
+    y = torch.empty(*o.shape, dtype=o.dtype, device=o.device)
     N = o.shape[0] * o.shape[1]
     (o, SO), (local, SL), (gate, SG) = token_rows(o, 2), token_rows(local, 2), token_rows(gate, 2)
     consts = _mix_consts(o, (SO, SL, SG), gate_logits, silu, _TILE)
@@ -146,20 +146,18 @@ def mix_fwd(o, local, gate, gate_bias, w_global, w_local, eps, gate_logits, silu
 
 
 def mix_bwd(o, local, gate, gate_bias, w_global, w_local, dy, eps, gate_logits, silu):
-    """Gradients of o, local, gate, gate_bias (empty without one), w_global and w_local."""
+    """Gradients of o, local, gate, gate_bias (None without one), w_global and w_local."""
     N, H, V = o.shape[0] * o.shape[1], *o.shape[2:]
-    do, dlocal, dgate = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (o, local, gate))
+    do, dlocal, dgate = (torch.empty(*x.shape, dtype=x.dtype, device=x.device) for x in (o, local, gate))
     (o, SO), (local, SL), (gate, SG) = token_rows(o, 2), token_rows(local, 2), token_rows(gate, 2)
     consts = _mix_consts(o, (SO, SL, SG), gate_logits, silu, _TILE // 2)
     count = max(1, min(ceil_div(programs(o.device), H), ceil_div(N, consts['BN'])))
-    partial = torch.empty((3, count, H, V), dtype=torch.float32, device=o.device)
+    partial = torch.empty(3, count, H, V, dtype=torch.float32, device=o.device)
     launch(mix_bwd_kernel, (count, H, 1),
            (o, local, gate, gate_bias, w_global, w_local, dy.contiguous(), do, dlocal, dgate, partial),
            (N, count * consts['BN'], eps), consts)  # fmt: skip
     dw_global, dw_local = (x.sum((0, 1)).to(w.dtype) for x, w in zip(partial, (w_global, w_local)))
-    dbias = torch.empty(0, dtype=o.dtype, device=o.device)
-    if gate_bias is not None:
-        dbias = partial[2].sum(0).flatten().to(gate_bias.dtype)
+    dbias = None if gate_bias is None else partial[2].sum(0).flatten().to(gate_bias.dtype)
     return do, dlocal, dgate, dbias, dw_global, dw_local
 
 
@@ -237,7 +235,7 @@ def _gate_consts(r: Tensor, SR: int, K: int) -> dict:
 def gates_fwd(r, weight, bias, normalizer):
     """Log gates (..., K) of both directions in r's dtype."""
     K = weight.shape[0] // 2
-    g_fwd, g_bwd = (torch.empty((*r.shape[:-1], K), dtype=r.dtype, device=r.device) for _ in range(2))
+    g_fwd, g_bwd = (torch.empty(*r.shape[:-1], K, dtype=r.dtype, device=r.device) for _ in range(2))
     N = r.numel() // r.shape[-1]
     r, SR = token_rows(r)
     consts = _gate_consts(r, SR, K)
@@ -255,7 +253,7 @@ def gates_bwd(r, weight, bias, dg_fwd, dg_bwd, normalizer):
     blocks = 2 * consts['NK']
     count = max(1, min(ceil_div(programs(r.device), blocks), ceil_div(N, _GATE_ROWS)))
     dr, dweight, dbias = (
-        torch.empty(s, dtype=torch.float32, device=r.device)
+        torch.empty(*s, dtype=torch.float32, device=r.device)
         for s in ((blocks, N, R), (count, 2 * K, R), (count, 2 * K))
     )
     launch(gates_bwd_kernel, (count, blocks, 1),

@@ -115,38 +115,45 @@ def _sizes(x: Tensor, sample: Tensor | None, tile: int) -> tuple[int, int, int, 
     return N, N if sample is None else N // sample.numel(), C, BC, max(1, tile // BC)
 
 
+class _NormPlan:
+    def __init__(self, eps: float, center: bool, dtype: torch.dtype, x, residual, gamma, sample, *_):
+        N, per_sample, C, BC, BN = _sizes(x, sample, _TILE)
+        rows, SX = token_rows(x)
+        rows_r, SR = (None, 0) if residual is None else token_rows(residual)
+        self.in_place = rows is x and rows_r is residual
+        consts = {'SX': SX, 'SR': SR, 'C': C, 'BC': BC, 'BN': BN, 'CENTER': center}
+        self.run = Launch(norm_fwd_kernel, (ceil_div(N, BN), 1, 1), (N, per_sample, eps), consts)
+
+
+@on_device_of_first
 def norm_fwd(x, residual, gamma, sample, weight, bias, eps, center, dtype):
-    """Normalised rows in `dtype`, and the stream in the residual's dtype (empty without a residual)."""
-    N, per_sample, C, BC, BN = _sizes(x, sample, _TILE)
-    y = torch.empty(x.shape, dtype=dtype, device=x.device)
-    x, SX = token_rows(x)
-    stream, SR = None, 0
-    if residual is not None:
-        residual, SR = token_rows(residual)
-        stream = torch.empty(residual.shape, dtype=residual.dtype, device=x.device)
-    consts = {'SX': SX, 'SR': SR, 'C': C, 'BC': BC, 'BN': BN, 'CENTER': center}
-    tensors = (x, residual, gamma, sample, weight, bias, y, stream)
-    launch(norm_fwd_kernel, (ceil_div(N, BN), 1, 1), tensors, (N, per_sample, eps), consts)
-    return y, torch.empty(0, dtype=x.dtype, device=x.device) if stream is None else stream
+    """Normalised rows in `dtype`, and the stream in the residual's dtype (None without a residual)."""
+    steps = plan(_NormPlan, (eps, center, dtype), x, residual, gamma, sample, weight, bias)
+    y = torch.empty(*x.shape, dtype=dtype, device=x.device)
+    stream = None if residual is None else torch.empty(*x.shape, dtype=residual.dtype, device=x.device)
+    if not steps.in_place:
+        x, residual = token_rows(x)[0], None if residual is None else token_rows(residual)[0]
+    steps.run(aligned(x, residual, gamma, sample, weight, bias), x, residual, gamma, sample, weight, bias, y, stream)
+    return y, stream
 
 
 def norm_bwd(stream, x, gamma, sample, weight, bias, dy, dstream, eps, center, has_residual, dtype):
-    """Gradients of x (in `dtype`), residual, gamma, weight and bias; empty where there is no such argument."""
+    """Gradients of x (in `dtype`), residual, gamma, weight and bias; None where there is no such argument."""
     N, per_sample, C, BC, BN = _sizes(stream, sample, _TILE // 2)
     device = stream.device
-    dx = torch.empty(stream.shape, dtype=dtype, device=device)
-    dresidual = torch.empty(stream.shape, dtype=stream.dtype, device=device) if has_residual else None
+    dx = torch.empty(*stream.shape, dtype=dtype, device=device)
+    dresidual = torch.empty(*stream.shape, dtype=stream.dtype, device=device) if has_residual else None
     stream, SS = token_rows(stream)
     x, SX = (None, 0) if x is None else token_rows(x)
     dstream = None if dstream is None else dstream.contiguous()
     count = max(1, min(programs(device), ceil_div(N, BN)))
-    partial = torch.empty((3, count, C), dtype=torch.float32, device=device)
+    partial = torch.empty(3, count, C, dtype=torch.float32, device=device)
     consts = {'SS': SS, 'SX': SX, 'C': C, 'BC': BC, 'BN': BN, 'CENTER': center, 'BIAS': bias is not None}
     tensors = (stream, x, gamma, sample, weight, dy.contiguous(), dstream, dresidual, dx, partial)
     launch(norm_bwd_kernel, (count, 1, 1), tensors, (N, per_sample, count * BN, eps), consts)
-    grads = [dresidual, None if gamma is None else partial[2].sum(0).to(gamma.dtype)]
-    grads += [partial[0].sum(0).to(weight.dtype), None if bias is None else partial[1].sum(0).to(bias.dtype)]
-    return dx, *(torch.empty(0, dtype=dtype, device=device) if g is None else g for g in grads)
+    dgamma = None if gamma is None else partial[2].sum(0).to(gamma.dtype)
+    dbias = None if bias is None else partial[1].sum(0).to(bias.dtype)
+    return dx, dresidual, dgamma, partial[0].sum(0).to(weight.dtype), dbias
 
 
 @triton.jit(do_not_specialize=['N'])
@@ -194,6 +201,13 @@ def gated_norm_bwd_kernel(
     tl.store(partial + tl.program_id(0) * C + cols, tl.sum(dweight, 0), mask=cols < C)
 
 
+class _GatedPlan:
+    def __init__(self, eps: float, x, weight, gate):
+        rows, rows_g, N, consts = _gated(x, gate, _TILE // 2)
+        self.in_place = rows is x and rows_g is gate
+        self.run = Launch(gated_norm_fwd_kernel, (ceil_div(N, consts['BN']), 1, 1), (N, eps), consts)
+
+
 def _gated(x: Tensor, gate: Tensor, tile: int) -> tuple[Tensor, Tensor, int, dict]:
     """x and gate as rows of heads, the number of rows and the constants of the kernels."""
     H, C = x.shape[-2:]
@@ -203,20 +217,23 @@ def _gated(x: Tensor, gate: Tensor, tile: int) -> tuple[Tensor, Tensor, int, dic
     return x, gate, N, {'SX': SX, 'SG': SG, 'H': H, 'C': C, 'BC': BC, 'BN': max(1, tile // BC)}
 
 
+@on_device_of_first
 def gated_norm_fwd(x, weight, gate, eps):
     """(..., H, C) in x's dtype."""
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    x, gate, N, consts = _gated(x, gate, _TILE // 2)
-    launch(gated_norm_fwd_kernel, (ceil_div(N, consts['BN']), 1, 1), (x, weight, gate, y), (N, eps), consts)
+    steps = plan(_GatedPlan, (eps,), x, weight, gate)
+    y = torch.empty(*x.shape, dtype=x.dtype, device=x.device)
+    if not steps.in_place:
+        x, gate = token_rows(x, 2)[0], token_rows(gate, 2)[0]
+    steps.run(aligned(x, weight, gate), x, weight, gate, y)
     return y
 
 
 def gated_norm_bwd(x, weight, gate, dy, eps):
     """Gradients of x, weight and gate."""
-    dx, dgate = (torch.empty(t.shape, dtype=t.dtype, device=x.device) for t in (x, gate))
+    dx, dgate = (torch.empty(*t.shape, dtype=t.dtype, device=x.device) for t in (x, gate))
     x, gate, N, consts = _gated(x, gate, _TILE // 4)
     count = max(1, min(programs(x.device), ceil_div(N, consts['BN'])))
-    partial = torch.empty((count, consts['C']), dtype=torch.float32, device=x.device)
+    partial = torch.empty(count, consts['C'], dtype=torch.float32, device=x.device)
     tensors = (x, weight, gate, dy.contiguous(), dx, dgate, partial)
     launch(gated_norm_bwd_kernel, (count, 1, 1), tensors, (N, count * consts['BN'], eps), consts)
     return dx, partial.sum(0).to(weight.dtype), dgate
@@ -244,14 +261,18 @@ class _LeakyPlan:
     def __init__(self, eps: float, slope: float, x, weight, bias):
         G, C = x.shape[-2:]
         N, BC = x.numel() // C, next_power(C)
-        consts = {'SX': token_rows(x, 2)[1], 'G': G, 'C': C, 'BC': BC, 'BN': max(1, _TILE // 2 // BC)}
+        rows, SX = token_rows(x, 2)
+        self.in_place = rows is x and weight.is_contiguous() and bias.is_contiguous()
+        consts = {'SX': SX, 'G': G, 'C': C, 'BC': BC, 'BN': max(1, _TILE // 2 // BC)}
         self.run = Launch(leaky_norm_kernel, (ceil_div(N, consts['BN']), 1, 1), (N, eps, slope), consts)
 
 
 @on_device_of_first
 def leaky_norm_fwd(x, weight, bias, eps, slope):
     """(..., G, C) in x's dtype."""
-    x, weight, bias = token_rows(x, 2)[0], weight.contiguous(), bias.contiguous()
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    plan(_LeakyPlan, (eps, slope), x, weight, bias).run(aligned(x, weight, bias), x, weight, bias, y)
+    steps = plan(_LeakyPlan, (eps, slope), x, weight, bias)
+    y = torch.empty(*x.shape, dtype=x.dtype, device=x.device)
+    if not steps.in_place:
+        x, weight, bias = token_rows(x, 2)[0], weight.contiguous(), bias.contiguous()
+    steps.run(aligned(x, weight, bias), x, weight, bias, y)
     return y

@@ -74,11 +74,11 @@ def config(dtype: torch.dtype, D: int, backward: bool) -> Config:
     return Config(bk, 64, ceil_div(D, 64), Options(16, 4, 2), Options(16, 4, 2))
 
 
-def unsupported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
-    """Why the kernels cannot take these tensors, or None."""
-    if q.dtype not in DTYPES:
-        return f'dtype {str(q.dtype).removeprefix("torch.")}'
-    return f'head dimension above {MAX_TRITON_DIM} (D = {q.shape[-1]})' if q.shape[-1] > MAX_TRITON_DIM else None
+def unsupported(dtype: torch.dtype, D: int, _: int) -> str | None:
+    """Why the kernels cannot take q, k, v of a dtype and D channels a head, or None."""
+    if dtype not in DTYPES:
+        return f'dtype {str(dtype).removeprefix("torch.")}'
+    return f'head dimension above {MAX_TRITON_DIM} (D = {D})' if D > MAX_TRITON_DIM else None
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -486,7 +486,7 @@ class _Plan:
         return self.fp32(self.scratch_total).split_with_sizes(self.scratch_sizes)
 
     def fp32(self, *shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=self.device)
+        return torch.empty(*shape, dtype=torch.float32, device=self.device)
 
 
 class _ForwardPlan(_Plan):
@@ -528,7 +528,7 @@ class _BackwardPlan(_Plan):
         self.keys = Launch(rala_bwd_kernel_keys, (self.key_parts, heads, 1),
                            (T, per, H, n, width, *strides(self.unit, k, v)), self.blocks(cfg.sums.bt, NV=cfg.nv),
                            *cfg.sums.launch)  # fmt: skip
-        dr = torch.empty(q.shape, device='meta') if any(flags.values()) else dy
+        dr = torch.empty(*q.shape, device='meta') if any(flags.values()) else dy
         unit = alignment(q, dr)
         self.dq = Launch(rala_bwd_kernel_dq, (*self.grid_reads, 1),
                          (T, self.span, H, self.key_parts, eps, n, width, *strides(unit, q, dr)),
@@ -552,7 +552,7 @@ def rank_augmented_fwd(q, k, v, lepe, gate, height: int, width: int, eps: float)
     else:
         steps.keys(at_16, k, v, parts_q, qbar, table, parts_kv, parts_key, top, weight)
         steps.merge(True, parts_kv, parts_key, top, weight, kv, key, norm)
-    y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    y = torch.empty(*q.shape, dtype=q.dtype, device=q.device)
     steps.out(at_16, q, lepe, gate, y, kv, key, table)
     return y, kept
 
@@ -565,7 +565,7 @@ def rank_augmented_bwd(q, k, v, lepe, gate, kept, dy, height: int, width: int, e
     steps = plan(_BackwardPlan, (height, width, eps), q, k, v, lepe, gate, dy)
     at_16 = aligned(q, k, v, lepe, gate, dy, kept)
     kv, key, qbar, norm, table = kept.split_with_sizes(steps.kept_sizes)
-    fresh = lambda: torch.empty(q.shape, dtype=q.dtype, device=q.device)  # noqa: E731
+    fresh = lambda: torch.empty(*q.shape, dtype=q.dtype, device=q.device)  # noqa: E731
     dr, dgate = dy if lepe is None and gate is None else fresh(), None if gate is None else fresh()
     dkv, dkey, parts_kv, parts_key, dqbar = steps.scratch()
     parts_kv = dkv if steps.parts == 1 else parts_kv

@@ -38,14 +38,14 @@ MAX_ROW = 128  # numbers per token and direction that are projected for a scan o
 KEEP_ALL = 64  # states per channel, tiles times N, up to which a backward pass keeps those of all tiles
 
 
-def unsupported(u: Tensor, A: Tensor, rank: int = 0) -> str | None:
-    """Why the kernels cannot take these arguments, or None when they can."""
-    if u.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f'dtype {u.dtype}'
-    if A.shape[1] > MAX_STATES:
-        return f'more than {MAX_STATES} states (N = {A.shape[1]})'
-    if rank and rank + 2 * A.shape[1] > MAX_ROW:
-        return f'R + 2 N above {MAX_ROW} (R = {rank}, N = {A.shape[1]})'
+def unsupported(dtype: torch.dtype, N: int, rank: int = 0) -> str | None:
+    """Why the kernels cannot take u of a dtype, N states and steps of that rank (0: given), or None."""
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f'dtype {str(dtype).removeprefix("torch.")}'
+    if N > MAX_STATES:
+        return f'more than {MAX_STATES} states (N = {N})'
+    if rank and rank + 2 * N > MAX_ROW:
+        return f'R + 2 N above {MAX_ROW} (R = {rank}, N = {N})'
     return None
 
 
@@ -139,7 +139,7 @@ def selective_scan_bwd(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse
     inputs = u, delta, rate, B, C, gains, bias, dy
     steps = plan(_SequencePlan, (delta_softplus, reverse), *inputs)
     du, ddelta = torch.empty_like(u), torch.empty_like(delta)
-    scratch = [torch.empty(shape, dtype=torch.float32, device=u.device) for shape in steps.scratch]
+    scratch = [torch.empty(*shape, dtype=torch.float32, device=u.device) for shape in steps.scratch]
     steps.run(aligned(*inputs), *inputs, du, ddelta, *scratch)
     dB, dC, dA, dD, dbias = scratch[:5]
     return du, ddelta, _total(dA, A), _total(dB, B), _total(dC, C), _total(dD, D), _total(dbias, delta_bias)
@@ -204,7 +204,7 @@ def selective_scan_2d_bwd(x, p, dt_weight, dt_bias, A, D, directions, dy):
     inputs = x, p, w, bias, _contiguous(A, torch.float32), gains, dy
     steps = plan(_MapPlan, (directions,), *inputs)
     dx = torch.empty_like(x)
-    scratch = [torch.empty(shape, dtype=torch.float32, device=x.device) for shape in steps.scratch]
+    scratch = [torch.empty(*shape, dtype=torch.float32, device=x.device) for shape in steps.scratch]
     steps.run(aligned(*inputs), *inputs, dx, *scratch)
     dp, dA, dD, dbias, dw, _ = scratch
     dD = dD.sum(0).repeat(directions).to(D.dtype)

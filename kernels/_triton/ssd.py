@@ -73,14 +73,12 @@ def config(dtype: torch.dtype, P: int, N: int, backward: bool) -> Config:
     return Config(64, *blocks, states, _options(4, 3, 168) if bn <= 64 else _options(4, 2))
 
 
-def unsupported(x: torch.Tensor, dt: torch.Tensor, B: torch.Tensor) -> str | None:
-    """Why the kernels cannot take these tensors, or None."""
-    for name, t in (('x', x), ('dt', dt)):
-        if t.dtype not in DTYPES:
-            return f'{name} in {str(t.dtype).removeprefix("torch.")}'
-    if x.shape[-1] > MAX_DIM or B.shape[-1] > MAX_DIM:
-        return f'head dimension above {MAX_DIM} (P = {x.shape[-1]}, N = {B.shape[-1]})'
-    return None
+def unsupported(x: torch.dtype, dt: torch.dtype, P: int, N: int) -> str | None:
+    """Why the kernels cannot take x and dt of these types with P channels a head and N states, or None."""
+    for name, dtype in (('x', x), ('dt', dt)):
+        if dtype not in DTYPES:
+            return f'{name} in {str(dtype).removeprefix("torch.")}'
+    return f'head dimension above {MAX_DIM} (P = {P}, N = {N})' if max(P, N) > MAX_DIM else None
 
 
 class Plan:
@@ -153,12 +151,12 @@ class _Run:
         self.code = steps.codes[aligned(*ends)]
         self.seg_state = self.seg_total = none
         if steps.several:
-            self.seg_state = torch.empty(steps.seg_shape, dtype=torch.float32, device=x.device)
-            self.seg_total = torch.empty((steps.seg_shape[0], steps.cfg.bn), dtype=torch.float32, device=x.device)
+            self.seg_state = torch.empty(*steps.seg_shape, dtype=torch.float32, device=x.device)
+            self.seg_total = torch.empty(steps.seg_shape[0], steps.cfg.bn, dtype=torch.float32, device=x.device)
         self.states, self.prefix = x, none
         if steps.backward:
-            self.states = torch.empty(steps.state_shape, dtype=steps.state_dtype, device=x.device)
-            self.prefix = torch.empty(steps.prefix_shape, dtype=torch.float32, device=x.device)
+            self.states = torch.empty(*steps.state_shape, dtype=steps.state_dtype, device=x.device)
+            self.prefix = torch.empty(*steps.prefix_shape, dtype=torch.float32, device=x.device)
         self.chunks = self.segs = self.spans = none
         if steps.varlen:
             self.chunks, self.segs, self.spans = steps.table(cu_seqlens)
@@ -224,11 +222,11 @@ def ssd_fwd(x, dt, A, B, C, D, initial_state, output_final_state, cu_seqlens):
         return torch.cat(ys, -1), torch.cat(finals, -2) if output_final_state else None
     run = _Run(x, dt, A, B, C, D, _state(initial_state), cu_seqlens, output_final_state)
     steps = run.plan
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = torch.empty(*x.shape, dtype=x.dtype, device=x.device)
     final = None
     if output_final_state:
         shape = (steps.sequences, *x.shape[2:], B.shape[-1])
-        final = torch.empty(shape, dtype=torch.float32, device=x.device)
+        final = torch.empty(*shape, dtype=torch.float32, device=x.device)
     place = run.none if final is None else final
     run.run_states(place)
     run.launch('ssd out', ssd_fwd_kernel_out, steps.grid_out,
@@ -244,7 +242,7 @@ def ssd_bwd(x, dt, A, B, C, D, initial_state, dy, dfinal, cu_seqlens):
     init, dinit = _state(initial_state), _state(dfinal)
     run = _Run(x, dt, A, B, C, D, init, cu_seqlens, init is not None, dy, dinit)
     steps = run.plan
-    new = lambda shape, dtype: torch.empty(shape, dtype=dtype, device=x.device)  # noqa: E731
+    new = lambda shape, dtype: torch.empty(*shape, dtype=dtype, device=x.device)  # noqa: E731
     dx, ddt = new(x.shape, x.dtype), new(dt.shape, dt.dtype)
     dB, dC = (new((*x.shape[:3], t.shape[-1]), t.dtype) for t in (B, C))
     parts = new((2, steps.H, steps.n_chunks), torch.float32)
@@ -300,7 +298,7 @@ class _StepPlan:
 def _step(x, dt, A, B, C, state, D, out):
     x, B, C = _rows(x), _rows(B), _rows(C)
     steps = plan(_StepPlan, (), x, dt, A, B, C, D, state)
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = torch.empty(*x.shape, dtype=x.dtype, device=x.device)
     steps.run(aligned(x, dt, A, B, C, D, state, out), x, dt, A, B, C, A if D is None else D, y, state, out)
     return y, out
 

@@ -13,12 +13,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from zoo.kernels._triton._common import (
+    Launch,
+    aligned,
     ceil_div,
     compute_types,
     interpreting,
     launch,
     load_tile,
     next_power,
+    on_device_of_first,
+    plan,
     store_tile,
     token_rows,
 )
@@ -117,7 +121,7 @@ def swiglu_linear_kernel(
 def swiglu_linear(x: Tensor, weight: Tensor) -> Tensor:
     """silu(a) * b of [a | b] = x W^T: x (..., C), weight (2m, C) contiguous -> (..., m)."""
     M, C = weight.shape[0] // 2, x.shape[-1]
-    y = torch.empty((*x.shape[:-1], M), dtype=x.dtype, device=x.device)
+    y = torch.empty(*x.shape[:-1], M, dtype=x.dtype, device=x.device)
     N = x.numel() // C
     x, SX = token_rows(x)
     cfg = config(C)
@@ -131,25 +135,37 @@ def swiglu_linear(x: Tensor, weight: Tensor) -> Tensor:
     return y
 
 
-def _run(kernel, gelu: bool, x: Tensor, *others: Tensor) -> None:
-    M = x.shape[-1] // 2
-    N = x.numel() // (2 * M)
-    x, SX = token_rows(x)
-    BM = min(_BLOCK, next_power(M))
-    BN = _TILE // BM
-    consts = {'SX': SX, 'M': M, 'BM': BM, 'BN': BN, 'GELU': gelu}
-    launch(kernel, (ceil_div(N, BN), ceil_div(M, BM), 1), (x, *others), (N,), consts)
+class _ProductPlan:
+    """Launch of the product, or with its gradient of the backward pass."""
+
+    def __init__(self, gelu: bool, x, dy=None):
+        M = x.shape[-1] // 2
+        N = x.numel() // (2 * M)
+        rows, SX = token_rows(x)
+        self.in_place, self.shape = rows is x, (*x.shape[:-1], M)
+        BM = min(_BLOCK, next_power(M))
+        BN = _TILE // BM
+        consts = {'SX': SX, 'M': M, 'BM': BM, 'BN': BN, 'GELU': gelu}
+        kernel = swiglu_fwd_kernel if dy is None else swiglu_bwd_kernel
+        self.run = Launch(kernel, (ceil_div(N, BN), ceil_div(M, BM), 1), (N,), consts)
 
 
+@on_device_of_first
 def swiglu_fwd(x: Tensor, gelu: bool) -> Tensor:
     """silu(a) * b, or a * gelu(b), of [a | b] (..., 2m) -> (..., m)."""
-    y = torch.empty((*x.shape[:-1], x.shape[-1] // 2), dtype=x.dtype, device=x.device)
-    _run(swiglu_fwd_kernel, gelu, x, y)
+    steps = plan(_ProductPlan, (gelu,), x)
+    y = torch.empty(*steps.shape, dtype=x.dtype, device=x.device)
+    if not steps.in_place:
+        x = token_rows(x)[0]
+    steps.run(aligned(x), x, y)
     return y
 
 
+@on_device_of_first
 def swiglu_bwd(x: Tensor, dy: Tensor, gelu: bool) -> Tensor:
     """Gradient (..., 2m) of [a | b]."""
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _run(swiglu_bwd_kernel, gelu, x, dy.contiguous(), dx)
+    x, dy = token_rows(x)[0], dy.contiguous()
+    steps = plan(_ProductPlan, (gelu,), x, dy)
+    dx = torch.empty(*x.shape, dtype=x.dtype, device=x.device)
+    steps.run(aligned(x, dy), x, dy, dx)
     return dx
