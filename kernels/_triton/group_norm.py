@@ -1,9 +1,9 @@
 """GroupNorm of channels-last images on GPUs.
 
-Small images: one program to a sample and group, in one launch. Others, forward: sums per channel over parts of the
-pixels, a small kernel that joins them into the statistics of groups, and one that normalises; x is read twice and y
-written once. Backward: the same three steps over dy and x. Sums are taken of differences to the first pixel of a
-sample, so that a variance is not the small difference of two large numbers.
+Small images: one program to a sample and group, which stays in its registers. Others, forward: sums per channel over
+parts of the pixels, a small kernel that joins them into the statistics of groups, and one that normalises; x is read
+twice and y written once. Backward: the same three steps over dy and x. Sums are taken of differences to the first pixel
+of a sample, so that a variance is not the small difference of two large numbers.
 """
 
 from __future__ import annotations
@@ -178,26 +178,21 @@ def gn_kernel_gradient(x, dy, dx, means, stats, weight, bias, S, per, units, gro
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def gn_kernel_whole(x, y, stats, weight, bias, S, units, groups, size, eps, A: tl.constexpr, BT: tl.constexpr,
+def gn_kernel_whole(x, y, stats, weight, bias, S, units, groups, parts, eps, A: tl.constexpr, BT: tl.constexpr,
                     BC: tl.constexpr, SILU: tl.constexpr):  # fmt: skip
-    """The whole forward pass of one group; its second reading comes from cache."""
-    g, b, C = tl.program_id(0), tl.program_id(1).to(tl.int64), units * A
-    ok, cols = tl.arange(0, BC) < size, g * size + tl.arange(0, BC)
-    x, y = x + b * S * C, y + b * S * C
+    """The whole forward pass of one group of `parts` times A channels, which stays in registers."""
+    g, b, C, size = tl.program_id(0), tl.program_id(1).to(tl.int64), units * A, parts * A
+    rows, ok = tl.arange(0, BT), tl.arange(0, BC) < size
+    cols = g * size + tl.arange(0, BC)
+    inside = (rows < S)[:, None] & ok[None, :]
+    x, y, at = x + b * S * C, y + b * S * C, rows[:, None] * C + cols[None, :]
     pivot = tl.load(x + g * size).to(tl.float32)
-    one, two = tl.zeros((BT, BC), tl.float32), tl.zeros((BT, BC), tl.float32)
-    for t in range(0, S, BT):
-        rows = t + tl.arange(0, BT)
-        inside = (rows < S)[:, None] & ok[None, :]
-        d = tl.load(x + rows[:, None] * C + cols[None, :], mask=inside, other=0.0).to(tl.float32)
-        d = tl.where(inside, d - pivot, 0.0)
-        one += d
-        two += d * d
+    v = tl.where(inside, tl.load(x + at, mask=inside, other=0.0).to(tl.float32) - pivot, 0.0)
     count = S.to(tl.float32) * size
-    off = tl.sum(tl.sum(one, 0), 0) / count
-    m = pivot + off
-    r = 1.0 / tl.sqrt(tl.maximum(tl.sum(tl.sum(two, 0), 0) / count - off * off, 0.0) + eps)
-    tl.store(stats + (b * groups + g) * 2, m)
+    off = tl.sum(tl.sum(v, 0), 0) / count
+    v = tl.where(inside, v - off, 0.0)
+    r = 1.0 / tl.sqrt(tl.sum(tl.sum(v * v, 0), 0) / count + eps)
+    tl.store(stats + (b * groups + g) * 2, pivot + off)
     tl.store(stats + (b * groups + g) * 2 + 1, r)
     scale = tl.zeros((BC,), tl.float32) + r
     if weight is not None:
@@ -205,18 +200,14 @@ def gn_kernel_whole(x, y, stats, weight, bias, S, units, groups, size, eps, A: t
     shift = tl.zeros((BC,), tl.float32)
     if bias is not None:
         shift = tl.load(bias + cols, mask=ok, other=0.0).to(tl.float32)
-    for t in range(0, S, BT):
-        rows = t + tl.arange(0, BT)
-        inside = (rows < S)[:, None] & ok[None, :]
-        v = tl.load(x + rows[:, None] * C + cols[None, :], mask=inside, other=0.0).to(tl.float32)
-        z, s = normalised(v, m, scale[None, :], shift[None, :], SILU)
-        tl.store(y + rows[:, None] * C + cols[None, :], (z * s if SILU else z).to(y.dtype.element_ty), mask=inside)
+    z, s = normalised(v, 0.0, scale[None, :], shift[None, :], SILU)
+    tl.store(y + at, (z * s if SILU else z).to(y.dtype.element_ty), mask=inside)
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Host side
 
-SMALL = 1 << 15  # numbers of a group that one program takes in no more time than three launches
+SMALL = 1 << 15  # numbers of a group, with what is masked, that the registers of one program hold
 
 
 def tile(C: int) -> tuple[int, int, int]:
@@ -240,10 +231,12 @@ class _Plan:
         parts = ceil_div(S, per)
         self.sums, self.channels = (B, parts, 2, C), (B, 2, C)
         self.whole = None
-        if S * size <= SMALL:
-            width = next_power(size, 1)
-            consts = {'A': unit, 'BT': max(1, 4096 // width), 'BC': width, 'SILU': silu}
-            self.whole = Launch(gn_kernel_whole, (groups, B, 1), (S, units, groups, size, eps), consts, 8, 2)
+        height, width = next_power(S, 1), next_power(size, 1)
+        if height * width <= SMALL:
+            step = min(16, size & -size)  # channels that lie together at multiples of their number
+            consts = {'A': step, 'BT': height, 'BC': width, 'SILU': silu}
+            sizes, many = (S, C // step, groups, size // step, eps), min(16, max(1, height * width // 1024))
+            self.whole = Launch(gn_kernel_whole, (groups, B, 1), sizes, consts, many, 1)
         part, whole = {'A': unit, 'BT': bt, 'BC': bc}, {'A': unit, 'BP': 16, 'BC': next_power(size, 1)}
         grid, of_groups = (parts, blocks, B), (groups, B, 1)
         few = max(bt, min(per, 16 * bt))
