@@ -5,7 +5,7 @@
 
     pipeline = DiffusionPipeline.from_pretrained('stable-diffusion-v1-5/stable-diffusion-v1-5')
     zoo.diffusion.LinFusion.attach(pipeline, 'auto')       # the published weights that fit its UNet
-    zoo.diffusion.fast_layers(pipeline)                    # GroupNorm and GEGLU in Triton kernels
+    zoo.diffusion.fast_layers(pipeline)                    # GroupNorm, GEGLU, attention
     pipeline.save_pretrained('linear')                     # DiffusionPipeline.from_pretrained loads it
 
 diffusers finds classes by name in its own namespace, and has no other registry: there the linear classes are put, and

@@ -9,8 +9,8 @@ Random weights, channels-last; SD 1.5's published LinFusion has MLPs as wide as 
 | formula | the published order of operations in plain PyTorch |
 | none | the layer gives back its input: what is left of a step is everything else |
 
-`sdpa fused` and `linfusion fused` are after diffusers' `fuse_qkv_projections()`; `sdpa fast` and `linfusion fast` also
-have `zoo.diffusion.layers.fast_layers` for everything but the attention.
+`sdpa fused` and `linfusion fused` are after `fuse_qkv_projections()` of the UNet, cross-attention included; `sdpa fast`
+and `linfusion fast` also have `zoo.diffusion.layers.fast_layers`.
 
 Modes: `eager`; `compiled`, the whole UNet by `torch.compile`; `captured`, a CUDA graph of the eager step; `compiled
 captured`, one of the compiled step. A step that does not fit is tried at batch 1, then with feed-forward layers in
