@@ -31,6 +31,7 @@ from zoo.backbones.linfusion import (
     LinearUNet2DConditionModel,
     LinFusion,
 )
+from zoo.diffusion.capture import captured_steps
 from zoo.diffusion.class_to_image import ClassToImagePipeline
 from zoo.diffusion.layers import fast_layers, plain_layers
 
@@ -41,6 +42,7 @@ __all__ = [
     'LinearPixArtTransformer2DModel',
     'LinearSelfAttention',
     'LinearUNet2DConditionModel',
+    'captured_steps',
     'fast_layers',
     'plain_layers',
     'register',

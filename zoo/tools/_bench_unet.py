@@ -28,6 +28,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from zoo._graphs import record
 from zoo.errors import ZooError
 from zoo.tools._guard import in_words, recover, time_limit
 from zoo.tools._timing import conditions, gpu_rates, interleaved, rates_in_words, wall_ms, write_json
@@ -66,15 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _captured(step: Callable) -> Callable:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step.result = step()
+    graph, step.result = record(step)
     return graph.replay
 
 
