@@ -1,5 +1,6 @@
 """Steps as graphs, on CPUs with recorded operations in the place of CUDA graphs: what replays and what does not."""
 
+import contextlib
 import copy
 import inspect
 
@@ -11,6 +12,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from zoo.backbones.linfusion import LinFusion
 
+from zoo._graphs import record
+from zoo.cli import main
 from zoo.diffusion import capture, captured_steps
 from zoo.diffusion.highres import Savings, generate, ladder, savings
 from zoo.errors import ZooError
@@ -48,12 +51,12 @@ class Frozen:
 def recorder(monkeypatch, kind):
     made = []
 
-    def record(call, warmup, pool):
+    def make(call, warmup, pool):
         made.append((kind(call), pool))
         return made[-1][0], made[-1][0].result
 
     monkeypatch.setattr(capture, 'KINDS', ('cpu',))
-    monkeypatch.setattr(capture, 'record', record)
+    monkeypatch.setattr(capture, 'record', make)
     return made
 
 
@@ -231,12 +234,12 @@ def test_what_is_not_captured(unet, frozen, monkeypatch):
 def test_what_cannot_be_captured(unet, monkeypatch, recwarn):
     expected, tried = given(unet, 1, 2, 3, 4, 5), []
 
-    def record(call, warmup, pool):
+    def make(call, warmup, pool):
         tried.append(1)
         raise torch.OutOfMemoryError('no memory\nfor this')
 
     monkeypatch.setattr(capture, 'KINDS', ('cpu',))
-    monkeypatch.setattr(capture, 'record', record)
+    monkeypatch.setattr(capture, 'record', make)
     with captured_steps(unet) as steps:
         assert equal(given(unet, 1, 2, 3, 4, 5), expected)
         assert len(tried) == 1 and steps.failure == 'no memory'
@@ -261,6 +264,47 @@ def test_pipelines(frozen, monkeypatch):
     assert [pool for _, pool in frozen] == [None, None]
     assert dropped == [1, 0, 0, 1, 0]  # before decoding, encoding and decoding, and after each level
     assert 'forward' not in vars(pipe.unet)
+
+
+def test_command(frozen, monkeypatch, tmp_path, capsys):
+    tiny.pipeline().save_pretrained(tmp_path / 'model')
+    monkeypatch.setattr('zoo.tools.generate_image._check', lambda args, device: None)  # it wants a GPU for this
+    arguments = ['--linfusion', 'none', '--prompt', 'a cat', '--device', 'cpu', '--steps', '3']
+    for more, graphs in (([], 0), (['--capture'], 1)):
+        name = str(tmp_path / 'cat.png')
+        assert main(['generate-image', str(tmp_path / 'model'), *arguments, *more, '--output', name]) == 0
+        assert len(frozen) == graphs and 'generated in' in capsys.readouterr().out
+
+
+def test_record(monkeypatch):
+    """The order that CUDA needs: a side stream that waits, warm-up on it, a wait back, and one call in the graph."""
+    said = []
+
+    class Stream(contextlib.AbstractContextManager):
+        def __init__(self, name='side'):
+            self.name = name
+
+        def wait_stream(self, other):
+            said.append(f'{self.name} waits for {other.name}')
+
+        def __exit__(self, *_):
+            said.append('end')
+
+    for name, value in {
+        'Stream': Stream,
+        'stream': lambda stream: said.append(stream.name) or stream,
+        'current_stream': lambda: Stream('main'),
+        'CUDAGraph': lambda: 'graph',
+        'graph': lambda graph, pool: said.append((graph, pool)) or Stream(),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    call = lambda: said.append('call') or len(said)  # noqa: E731
+    assert record(call, pool='pool') == ('graph', 8)
+    assert said == ['side waits for main', 'side', 'call', 'call', 'end', 'main waits for side', ('graph', 'pool'),
+                    'call', 'end']  # fmt: skip
+    said.clear()
+    record(call, warmup=0)
+    assert said == [('graph', None), 'call', 'end']
 
 
 def test_mistakes(unet):

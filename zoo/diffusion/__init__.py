@@ -6,6 +6,8 @@
     pipeline = DiffusionPipeline.from_pretrained('stable-diffusion-v1-5/stable-diffusion-v1-5')
     zoo.diffusion.LinFusion.attach(pipeline, 'auto')       # the published weights that fit its UNet
     zoo.diffusion.fast_layers(pipeline)                    # GroupNorm, GEGLU, attention
+    with zoo.diffusion.captured_steps(pipeline):           # steps as CUDA graphs, at small sizes
+        image = pipeline('a cat').images[0]
     pipeline.save_pretrained('linear')                     # DiffusionPipeline.from_pretrained loads it
 
 diffusers finds classes by name in its own namespace, and has no other registry: there the linear classes are put, and

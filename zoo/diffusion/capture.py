@@ -137,6 +137,7 @@ class CapturedSteps:
         """Drop all graphs and their memory; signatures are captured anew."""
         self.graphs.clear()
         self._seen.clear()
+        self._refused.clear()
         self._state = None
 
     def __call__(self, *args, **kwargs):
