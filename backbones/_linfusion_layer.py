@@ -58,6 +58,19 @@ def _say_once(processor: str) -> None:
     logger.warning(f'{processor} has no effect on linear self-attention: LinearSelfAttention computes it itself')
 
 
+def project_out(to_out: nn.ModuleList, x: Tensor) -> Tensor:
+    """The output of an attention layer; a dropout that does nothing is not called, which saves the host time.
+
+    Args:
+        to_out: projection and dropout, as `Attention` has them.
+        x: what they are for.
+    """
+    project, dropout, *_ = to_out
+    y = project(x)
+    idle = type(dropout) is nn.Dropout and not (dropout.training or dropout._forward_hooks)
+    return y if idle else dropout(y)
+
+
 class LinearSelfAttention(Attention):
     """Normalised linear self-attention in the place of a softmax `attn1`.
 
@@ -217,10 +230,7 @@ class LinearSelfAttention(Attention):
             parts = self.to_q(x + self.to_q_(x)), self.to_k(x + self.to_k_(x)), self.to_v(x)
             q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in parts)  # (B, N, H, D)
         o = linear_attention(q, k, v, eps=EPS, elu=True)
-        y = o.flatten(2)
-        for layer in self.to_out:
-            y = layer(y)
-        return y
+        return project_out(self.to_out, o.flatten(2))
 
     def adopt(self, teacher: Attention) -> None:
         """Start from a softmax layer: its projections, and MLPs that add nothing yet but receive a gradient.

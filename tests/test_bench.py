@@ -319,10 +319,12 @@ def test_unet(tmp_path, capsys):
 def test_unet_rows_are_what_they_say():
     """The formula computes what the kernel computes, `none` nothing; afterwards the model is as before."""
     pytest.importorskip('diffusers')
+    from zoo.diffusion.layers import FastAttention
     from zoo.tools._unet_rows import build, self_attention, step_inputs
 
     unet, linear = build('sd15', 'cpu', torch.float32, True)
     given, named = step_inputs(unet, 72, 2)
+    names, kinds = set(unet.state_dict()), [type(m) for m in unet.modules()]
     with torch.no_grad():
         for p in linear.parameters():
             p.add_(torch.randn_like(p) * 0.05)
@@ -331,6 +333,12 @@ def test_unet_rows_are_what_they_say():
         for row in (*rows, 'linfusion again'):
             with self_attention(linear, row):
                 found[row] = unet(*given, **named)[0]
+                more = sorted({n.split('.')[-2] for n in set(unet.state_dict()) - names})
+                fused, softmax = row.endswith(('fused', 'fast')), row.startswith('sdpa')
+                assert more == (['to_kv'] + softmax * ['to_qkv']) * fused
+                fast = sum(type(m) is FastAttention for m in unet.modules())
+                assert fast == row.endswith('fast') * len(linear.layers) * (1 + softmax)
+            assert set(unet.state_dict()) == names and [type(m) for m in unet.modules()] == kinds
     same = (('formula', 'linfusion'), ('linfusion fused', 'linfusion'), ('sdpa fused', 'sdpa'))
     for one, other in (*same, ('linfusion fast', 'linfusion fused'), ('sdpa fast', 'sdpa fused')):
         torch.testing.assert_close(found[one], found[other], rtol=1e-4, atol=1e-4)

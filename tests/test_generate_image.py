@@ -195,6 +195,7 @@ def test_command(folder, tmp_path, capsys):
         (['--size', '640x640', '--memory-gb', '0.02'], 'largest size of this shape'),
         (['--linfusion', 'no/thing'], '--linfusion no/thing'),
         (['--offload', 'model'], 'main memory'),
+        (['--capture'], 'a CPU has none of'),
         (['--tile', '7'], '--tile'),
         (['--output', 'image.gif'], 'name it with one of .png'),
         (['--steps', '0'], '--steps'),

@@ -5,7 +5,9 @@
 
     pipeline = DiffusionPipeline.from_pretrained('stable-diffusion-v1-5/stable-diffusion-v1-5')
     zoo.diffusion.LinFusion.attach(pipeline, 'auto')       # the published weights that fit its UNet
-    zoo.diffusion.fast_layers(pipeline)                    # GroupNorm and GEGLU in Triton kernels
+    zoo.diffusion.fast_layers(pipeline)                    # GroupNorm, GEGLU, attention
+    with zoo.diffusion.captured_steps(pipeline):           # steps as CUDA graphs, at small sizes
+        image = pipeline('a cat').images[0]
     pipeline.save_pretrained('linear')                     # DiffusionPipeline.from_pretrained loads it
 
 diffusers finds classes by name in its own namespace, and has no other registry: there the linear classes are put, and
@@ -31,6 +33,7 @@ from zoo.backbones.linfusion import (
     LinearUNet2DConditionModel,
     LinFusion,
 )
+from zoo.diffusion.capture import captured_steps
 from zoo.diffusion.class_to_image import ClassToImagePipeline
 from zoo.diffusion.layers import fast_layers, plain_layers
 
@@ -41,6 +44,7 @@ __all__ = [
     'LinearPixArtTransformer2DModel',
     'LinearSelfAttention',
     'LinearUNet2DConditionModel',
+    'captured_steps',
     'fast_layers',
     'plain_layers',
     'register',

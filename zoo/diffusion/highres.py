@@ -403,11 +403,13 @@ def check_memory(
 
 
 @contextlib.contextmanager
-def _watched(vae: nn.Module, spent: dict[str, float], device: str) -> Iterator[None]:
-    """Adds up the seconds of encoding and decoding, and blends tiles in few launches."""
+def _watched(vae: nn.Module, spent: dict[str, float], device: str, before: Callable | None) -> Iterator[None]:
+    """Adds up the seconds of encoding and decoding, and blends tiles in few launches; `before` is called first."""
 
     def timed(name, plain):
         def call(*args, **kwargs):
+            if before is not None:
+                before()  # captured steps hold the memory of a step
             _sync(device)
             start = time.perf_counter()
             found = plain(*args, **kwargs)
@@ -452,6 +454,7 @@ def generate(
     seed: int = 0,
     say: Callable[[str], None] = print,
     guidance: float = 7.5,
+    capture: bool = False,
     **inputs,
 ) -> tuple[Tensor, list[dict]]:
     """Run a ladder.
@@ -463,6 +466,7 @@ def generate(
         seed: of the noise.
         say: told when a level starts.
         guidance: scale of classifier-free guidance.
+        capture: whether steps are replayed as CUDA graphs, see `zoo.diffusion.captured_steps`.
         inputs: of the pipeline: `prompt`, `negative_prompt`, or embeddings of them.
 
     Returns:
@@ -471,6 +475,8 @@ def generate(
     Raises:
         ZooError: if the pipeline has no image-to-image sibling and the ladder more than one level.
     """
+    from zoo.diffusion.capture import captured_steps
+
     how, device = how or Savings(), str(pipe._execution_device)
     rng = torch.Generator('cpu').manual_seed(seed)
     again = None
@@ -486,10 +492,10 @@ def generate(
         _tiling(pipe.vae, how.tile, max(stage.width, stage.height))
         _sync(device)
         start = time.perf_counter()
-        shared = inputs | dict(
-            num_inference_steps=stage.steps, guidance_scale=guidance, generator=rng, output_type='pt'
-        )
-        with savings(denoiser(pipe), how), _watched(pipe.vae, spent, device):
+        shared = inputs | dict(num_inference_steps=stage.steps, guidance_scale=guidance)
+        shared |= dict(generator=rng, output_type='pt')
+        replays = captured_steps(pipe) if capture else contextlib.nullcontext()
+        with replays as steps, savings(denoiser(pipe), how), _watched(pipe.vae, spent, device, steps and steps.forget):
             if stage.strength is None:
                 image = pipe(width=stage.width, height=stage.height, **shared).images
             else:

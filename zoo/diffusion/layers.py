@@ -1,18 +1,22 @@
-"""Layers of diffusers' UNets and VAEs in Triton kernels: GroupNorm with SiLU, and GEGLU.
+"""Layers of diffusers' UNets and VAEs made faster: GroupNorm with SiLU and GEGLU in Triton kernels, shorter attention.
 
 Beyond 1024 px a linear UNet spends a third of its time on PyTorch's GroupNorm, which copies channels-last images and
-has one program for a sample and group; so does a VAE, and more, at any size. `fast_layers` gives such layers, in place,
-classes that call `zoo.kernels.group_norm` and `zoo.kernels.swiglu`; parameters, their names and hooks stay, so that
-checkpoints, LoRA, `save_pretrained` and quantisation do not notice.
+has one program for a sample and group; so does a VAE, and more, at any size. Below, a GPU waits for the host, and
+diffusers' attention inspects the signature of its processor and divides by 1 at every call. `fast_layers` gives such
+layers, in place, classes that call `zoo.kernels.group_norm` and `zoo.kernels.swiglu` or go the shorter way; parameters,
+their names and hooks stay, so that checkpoints, LoRA, `save_pretrained` and quantisation do not notice.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.activations import GEGLU
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0, FusedAttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
+from zoo.backbones._linfusion_layer import project_out
 from zoo.kernels._dispatch import autocast_dtype
 from zoo.kernels.group_norm import group_norm
 from zoo.kernels.swiglu import geglu
@@ -48,7 +52,58 @@ class TimeSiLU(nn.SiLU):
         return x if x.ndim >= 4 else super().forward(x)
 
 
+def _is_plain(layer: Attention) -> bool:
+    """Whether a processor of diffusers would do nothing for this layer but project and attend."""
+    return (
+        layer.spatial_norm is layer.group_norm is layer.norm_cross is layer.norm_q is layer.norm_k is None
+        and layer.rescale_output_factor == 1
+        and not layer.residual_connection
+    )
+
+
+class FastAttention(Attention):
+    """Softmax attention of (B, N, C) as diffusers' stock processors compute it, bit for bit, with less for the host.
+
+    Whatever else the layer is asked for (a mask, keywords, an image, another processor) goes to diffusers.
+    """
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **cross_attention_kwargs,
+    ) -> Tensor:
+        kind, text = type(self.processor), encoder_hidden_states
+        known = kind is AttnProcessor2_0 or kind is FusedAttnProcessor2_0
+        given = attention_mask is not None or cross_attention_kwargs
+        if given or not known or hidden_states.ndim != 3 or not _is_plain(self):
+            return super().forward(hidden_states, text, attention_mask, **cross_attention_kwargs)
+        layers, heads = self._modules, self.heads  # looking every name up in the module takes a while
+        batch = (hidden_states if text is None else text).shape[0]
+        if kind is FusedAttnProcessor2_0 and text is None:
+            qkv = layers['to_qkv'](hidden_states)
+            q, k, v = qkv.view(batch, -1, 3, heads, qkv.shape[-1] // 3 // heads).transpose(1, 3).unbind(2)
+        else:
+            q = layers['to_q'](hidden_states)
+            if kind is FusedAttnProcessor2_0:
+                kv = layers['to_kv'](text)
+                width = kv.shape[-1] // 2 // heads
+                k, v = kv.view(batch, -1, 2, heads, width).transpose(1, 3).unbind(2)
+            else:
+                text = hidden_states if text is None else text
+                k, v = layers['to_k'](text), layers['to_v'](text)
+                width = k.shape[-1] // heads
+                k, v = (x.view(batch, -1, heads, width).transpose(1, 2) for x in (k, v))
+            q = q.view(batch, -1, heads, width).transpose(1, 2)
+        o = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # of (B, H, N, D)
+        if o.dtype != q.dtype:  # under autocast, of projections that know nothing of it
+            o = o.to(q.dtype)
+        return project_out(layers['to_out'], o)
+
+
 _PLAIN = {FastGroupNorm: nn.GroupNorm, FastGroupNormSiLU: nn.GroupNorm, FastGEGLU: GEGLU, TimeSiLU: nn.SiLU}
+_PLAIN |= {FastAttention: Attention}
 # Norms that an activation of the module follows at once: its class, the activation's name, theirs.
 _FOLLOWED = ((ResnetBlock2D, 'nonlinearity', ('norm1', 'norm2')), (nn.Module, 'conv_act', ('conv_norm_out',)))
 
@@ -74,7 +129,9 @@ def _with_silu(module: nn.Module) -> None:
 
 
 def fast_layers(model, channels_last: bool = True) -> int:
-    """Let GroupNorm, SiLU after it, and GEGLU run in Triton kernels; calling it again is harmless.
+    """Let GroupNorm, SiLU after it, and GEGLU run in Triton kernels, and softmax attention in fewer calls.
+
+    Calling it again is harmless. Attention, of text or of an image's own tokens, stays diffusers' to the bit.
 
     Args:
         model: a module of diffusers, or a pipeline: its UNet or transformer and its VAE. Call it before offloading is
@@ -95,6 +152,8 @@ def fast_layers(model, channels_last: bool = True) -> int:
                 module.__class__ = FastGroupNorm
             elif type(module) is GEGLU:
                 module.__class__ = FastGEGLU
+            elif type(module) is Attention and _is_plain(module):
+                module.__class__ = FastAttention
             changed += type(module) in _PLAIN
     return changed
 

@@ -9,8 +9,8 @@ Random weights, channels-last; SD 1.5's published LinFusion has MLPs as wide as 
 | formula | the published order of operations in plain PyTorch |
 | none | the layer gives back its input: what is left of a step is everything else |
 
-`sdpa fused` and `linfusion fused` are after diffusers' `fuse_qkv_projections()`; `sdpa fast` and `linfusion fast` also
-have `zoo.diffusion.layers.fast_layers` for everything but the attention.
+`sdpa fused` and `linfusion fused` are after `fuse_qkv_projections()` of the UNet, cross-attention included; `sdpa fast`
+and `linfusion fast` also have `zoo.diffusion.layers.fast_layers`.
 
 Modes: `eager`; `compiled`, the whole UNet by `torch.compile`; `captured`, a CUDA graph of the eager step; `compiled
 captured`, one of the compiled step. A step that does not fit is tried at batch 1, then with feed-forward layers in
@@ -28,6 +28,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from zoo._graphs import record
 from zoo.errors import ZooError
 from zoo.tools._guard import in_words, recover, time_limit
 from zoo.tools._timing import conditions, gpu_rates, interleaved, rates_in_words, wall_ms, write_json
@@ -66,15 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _captured(step: Callable) -> Callable:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step.result = step()
+    graph, step.result = record(step)
     return graph.replay
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 import zoo
+from zoo._graphs import record
 from zoo.tools.doctor import cpu_name, driver, gpus, version
 
 Step = Callable[[], object]
@@ -104,16 +105,12 @@ def graph_ms(steps: list[Step], repeats: int) -> float:
         steps: the same computation on different inputs, so that the L2 cache does not hold them all.
         repeats: replays of the whole graph.
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for step in steps * 2:
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def all_steps() -> None:
         for step in steps:
             step()
+
+    graph, _ = record(all_steps)
     graph.replay()
     timer = _Events()
     return statistics.median(timer(graph.replay) for _ in range(repeats)) / len(steps)

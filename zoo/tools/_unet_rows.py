@@ -13,9 +13,10 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from diffusers.models.attention_processor import AttnProcessor2_0, FusedAttnProcessor2_0
+from diffusers.models.attention_processor import Attention
 from torch import nn
 
+from zoo.backbones._linfusion_layer import softmax_layers
 from zoo.backbones.linfusion import LinearSelfAttention, LinFusion
 from zoo.diffusion.layers import fast_layers, plain_layers
 
@@ -63,7 +64,11 @@ def build(name: str, device: str, dtype: torch.dtype, quick: bool, keep_teacher:
     with torch.device(device):
         unet = UNet2DConditionModel(**config)
     unet = nn.Module.to(unet, dtype=dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
-    return unet, LinFusion.attach(unet, projection_mid_dim=rule, keep_teacher=keep_teacher)
+    softmax = softmax_layers(unet)
+    linear = LinFusion.attach(unet, projection_mid_dim=rule, keep_teacher=keep_teacher)
+    for layer in softmax.values():
+        layer.to('cpu')  # until a row has them in place
+    return unet, linear
 
 
 def step_inputs(unet: nn.Module, size: int, batch: int) -> tuple[tuple, dict]:
@@ -103,62 +108,80 @@ class Formula(LinearSelfAttention):
 
 
 @contextlib.contextmanager
-def _fused(layers: list[nn.Module]) -> Iterator[None]:
-    for layer in layers:
-        layer.fuse_projections()
-        layer.set_processor(FusedAttnProcessor2_0())
+def _fused(unet: nn.Module) -> Iterator[None]:
+    """What a user of diffusers calls, and afterwards nothing left of it: unfusing keeps the copies of the weights."""
+    unet.fuse_qkv_projections()
     try:
         yield
     finally:
-        for layer in layers:
-            layer.fuse_projections(False)
-            layer.set_processor(AttnProcessor2_0())
-            layer._modules.pop('to_qkv', None)
+        unet.unfuse_qkv_projections()
+        for layer in unet.modules():
+            if isinstance(layer, LinearSelfAttention):
+                layer.fuse_projections(False)
+            elif isinstance(layer, Attention):
+                layer.fused_projections = False
+                for name in ('to_qkv', 'to_kv'):
+                    layer._modules.pop(name, None)
 
 
 @contextlib.contextmanager
-def self_attention(linear, row: str) -> Iterator[None]:
-    """The UNet with the self-attention of a row; weights of the others are in main memory meanwhile.
+def _fast(unet: nn.Module) -> Iterator[None]:
+    fast_layers(unet)
+    try:
+        yield
+    finally:
+        plain_layers(unet)
 
-    Args:
-        linear: the UNet's LinFusion.
-        row: `sdpa`, `linfusion`, `formula` or `none`; `sdpa fused` and `linfusion fused` are after diffusers'
-            `fuse_qkv_projections()`, `sdpa fast` and `linfusion fast` after that and `fast_layers`.
-    """
-    device, layers = linear.device, list(linear.layers.values())
-    if row.endswith('fast'):
-        model = linear.model
-        fast_layers(model)
+
+@contextlib.contextmanager
+def _softmax(linear: LinFusion) -> Iterator[None]:
+    """The softmax layers in place, the linear ones in main memory; afterwards the other way round."""
+    device = linear.device
+    with linear.teacher() as unet:
+        softmax = [unet.get_submodule(name) for name in linear.layers]
+        linear.to('cpu')
         try:
-            with self_attention(linear, row.replace('fast', 'fused')):
-                yield
+            yield
         finally:
-            plain_layers(model)
-        return
-    if row.startswith('sdpa'):
-        with linear.teacher() as unet:
-            softmax = [unet.get_submodule(name) for name in linear.layers]
-            linear.to('cpu')
-            try:
-                with _fused(softmax if row == 'sdpa fused' else []):
-                    yield
-            finally:
-                linear.to(device)
-        for layer in softmax:
-            layer.to('cpu')
-        return
+            linear.to(device)
+    for layer in softmax:
+        layer.to('cpu')
+
+
+@contextlib.contextmanager
+def _in_place(linear: LinFusion, row: str) -> Iterator[None]:
+    layers = list(linear.layers.values())
     for layer in layers:
         if row == 'none':
             layer.forward = lambda hidden_states, *_, **__: hidden_states
         elif row == 'formula':
             layer.__class__ = Formula
     try:
-        with _fused(layers if row == 'linfusion fused' else []):
-            yield
+        yield
     finally:
         for layer in layers:
             layer.__class__ = LinearSelfAttention
             layer.__dict__.pop('forward', None)
+
+
+@contextlib.contextmanager
+def self_attention(linear: LinFusion, row: str) -> Iterator[None]:
+    """The UNet with the self-attention of a row; weights of the others are in main memory meanwhile.
+
+    Args:
+        linear: the UNet's LinFusion.
+        row: `sdpa`, `linfusion`, `formula` or `none`; `sdpa fused` and `linfusion fused` are after
+            `fuse_qkv_projections()` of the UNet, which also makes one product of keys and values of the text;
+            `sdpa fast` and `linfusion fast` after that and `fast_layers`.
+    """
+    kind, _, more = row.partition(' ')
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_softmax(linear) if kind == 'sdpa' else _in_place(linear, kind))
+        if more in ('fused', 'fast'):
+            stack.enter_context(_fused(linear.model))
+        if more == 'fast':
+            stack.enter_context(_fast(linear.model))
+        yield
 
 
 def build_pipeline(name: str, device: str, dtype: torch.dtype, quick: bool):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, Cache
 from transformers.cache_utils import CacheLayerMixin
 
+from zoo._graphs import record
 from zoo.backbones._mixer import Mixer
 from zoo.backbones._state import LinearStateLayer
 from zoo.backbones.hovle import HoVLEAttention, HoVLELayer
@@ -284,11 +285,8 @@ class Step:
 
     def _capture(self) -> None:
         counters = [(s, s.cumulative_length) for s in self.cache.layers if isinstance(s, LinearStateLayer)]
-        graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
-                self._prepared(self._once)
-            self.graph = graph
+            self.graph, _ = record(lambda: self._prepared(self._once), warmup=0)
         except RuntimeError as error:
             self.failure = str(error).strip().splitlines()[0]
         for slot, count in counters:  # a capture runs the host's code, not the device's
