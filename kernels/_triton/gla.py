@@ -194,10 +194,12 @@ class Plan:
         return {'PARTS': parts, 'BT': rows, 'LEVELS': rows.bit_length() - 1}
 
 
-def _launch(kernel, code: tuple, grid: tuple, args: list, consts: dict, options: dict, run: bool = True) -> None:
+def _launch(kernel, code: tuple, grid: tuple, tensors: list, numbers: list, consts: dict, options: dict,
+            run: bool = True) -> None:  # fmt: skip
     """Run a kernel, or only compile it; from the second time on past Triton's own look-up, most of a launch's time."""
     found = _compiled.get(code)  # never there in the interpreter
     if found is None:
+        args = [*tensors, *numbers]
         used = {n: consts[n] for n in kernel.arg_names[len(args) :]}
         if interpreting():
             if run:
@@ -210,7 +212,7 @@ def _launch(kernel, code: tuple, grid: tuple, args: list, consts: dict, options:
             _compiled[code] = compiled, tuple(used.values())
     elif run:
         compiled, values = found
-        start(compiled, grid, (*args, *values))
+        start(compiled, grid, tensors, (*numbers, *values))
 
 
 class _Run:
@@ -257,19 +259,27 @@ class _Run:
         code = ('states', self.code)
         if steps.several or not steps.sweep or code not in _compiled:
             args = [q, self.k, self.v, self.do, self.gf, self.gb, self.states, self.totals, self.prefix,
-                    self.seg_state, self.seg_total, self.init, self.dinit, final, self.segs, *self.ints]  # fmt: skip
-            _launch(gla_kernel_states, code, steps.grid_states, args, steps.consts, steps.cfg.states,
+                    self.seg_state, self.seg_total, self.init, self.dinit, final, self.segs]  # fmt: skip
+            _launch(gla_kernel_states, code, steps.grid_states, args, self.ints, steps.consts, steps.cfg.states,
                     steps.several or not steps.sweep)  # fmt: skip
         code = ('scan', self.code)
         if steps.several or code not in _compiled:
-            args = [self.seg_state, self.seg_total, self.init, self.dinit, final, self.spans, steps.sizes[3],
-                    steps.n_segs, steps.H]  # fmt: skip
-            _launch(gla_kernel_scan, code, steps.grid_scan, args, steps.scan_consts, {'num_warps': 1}, steps.several)
+            args = [self.seg_state, self.seg_total, self.init, self.dinit, final, self.spans]
+            numbers = [steps.sizes[3], steps.n_segs, steps.H]
+            _launch(
+                gla_kernel_scan,
+                code,
+                steps.grid_scan,
+                args,
+                numbers,
+                steps.scan_consts,
+                {'num_warps': 1},
+                steps.several,
+            )
 
     def run_chunks(self, name: str, kernel, grid: tuple | None, tensors: list) -> None:
         """The launches of a kernel that comes in a fast and a safe form; no grid stands for groups of chunks."""
         steps = self.plan
-        args = [*tensors, *self.ints]
         for safe in steps.forms:
             code = (name, safe, self.code)
             group = SAFE_GROUP if safe else steps.cfg.group
@@ -279,7 +289,7 @@ class _Run:
                 consts |= steps.parts(safe)
             size = grid if grid else (ceil_div(steps.n_chunks, group) * steps.H, 1, 1)
             options = _options(SAFE_WARPS, 3) if safe and steps.sweep else steps.cfg.chunks
-            _launch(kernel, code, size, args, consts, options)
+            _launch(kernel, code, size, tensors, self.ints, consts, options)
 
 
 def _nothing(device: torch.device) -> torch.Tensor:

@@ -165,7 +165,7 @@ class _Run:
         """Run a kernel on its tensors and the plan's numbers, or (not `run`) only compile it."""
         code = (name, self.code)
         if run or code not in _compiled:
-            _launch(kernel, code, grid, [*tensors, *self.plan.ints], self.plan.consts, options, run)
+            _launch(kernel, code, grid, tensors, self.plan.ints, self.plan.consts, options, run)
 
     def run_states(self, final: torch.Tensor) -> None:
         """Fill the states, and `final` with the state (or in a backward pass its gradient) that leaves a sequence."""
@@ -178,9 +178,17 @@ class _Run:
         code = ('ssd scan', self.code)
         if steps.several or (code not in _compiled and not interpreting()):
             nseg, _, n_segs = steps.ints[-3:]
-            args = [self.seg_state, self.seg_total, self.init, self.dinit, final, self.spans, nseg, n_segs,
-                    steps.consts['H']]  # fmt: skip
-            _launch(gla_kernel_scan, code, steps.grid_scan, args, steps.scan_consts, {'num_warps': 1}, steps.several)
+            args = [self.seg_state, self.seg_total, self.init, self.dinit, final, self.spans]
+            _launch(
+                gla_kernel_scan,
+                code,
+                steps.grid_scan,
+                args,
+                [nseg, n_segs, steps.H],
+                steps.scan_consts,
+                {'num_warps': 1},
+                steps.several,
+            )
 
 
 def _state(state: torch.Tensor | None) -> torch.Tensor | None:
