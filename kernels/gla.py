@@ -222,24 +222,28 @@ register_flop_formula(torch.ops.zoo.bidirectional_gla_backward)(_scan_flops(2, 2
 
 def _check(op: str, q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Tensor | None], cu_seqlens: Tensor | None):
     """Refuse what no implementation accepts, naming the argument."""
-    if q.ndim != 4 or k.shape != q.shape:
-        raise ValueError(f'{op}: q and k must both be (B, T, H, K), got {tuple(q.shape)} and {tuple(k.shape)}')
-    if v.ndim != 4 or v.shape[:3] != q.shape[:3]:
-        raise ValueError(f"{op}: v must be (B, T, H, V) with q's B, T, H = {tuple(q.shape[:3])}, got {tuple(v.shape)}")
-    if not q.dtype == k.dtype == v.dtype or q.dtype not in _dispatch.DTYPES:
+    shape, values, dtype, device = q.shape, v.shape, q.dtype, q.device
+    if len(shape) != 4 or k.shape != shape:
+        raise ValueError(f'{op}: q and k must both be (B, T, H, K), got {tuple(shape)} and {tuple(k.shape)}')
+    tokens = shape[:3]
+    if len(values) != 4 or values[:3] != tokens:
+        raise ValueError(f"{op}: v must be (B, T, H, V) with q's B, T, H = {tuple(tokens)}, got {tuple(values)}")
+    if not dtype == k.dtype == v.dtype or dtype not in _dispatch.DTYPES:
         raise ValueError(
-            f'{op}: q, k, v must share one floating dtype, {_dispatch.DTYPE_NAMES}, got {q.dtype}, {k.dtype}, {v.dtype}'
+            f'{op}: q, k, v must share one floating dtype, {_dispatch.DTYPE_NAMES}, got {dtype}, {k.dtype}, {v.dtype}'
         )
     for name, gate in gates.items():
-        if gate is not None and gate.shape not in (q.shape, q.shape[:3]):
+        if gate is None:
+            continue
+        if gate.shape != shape and gate.shape != tokens:
             raise ValueError(
-                f'{op}: {name} must be {tuple(q.shape)} (per channel) or {tuple(q.shape[:3])} (per head), '
+                f'{op}: {name} must be {tuple(shape)} (per channel) or {tuple(tokens)} (per head), '
                 f'got {tuple(gate.shape)}'
             )
-        if gate is not None and gate.device != q.device:
-            raise ValueError(f'{op}: {name} is on {gate.device}, q on {q.device}')
-    if not q.device == k.device == v.device:
-        raise ValueError(f'{op}: q, k, v must be on one device, got {q.device}, {k.device}, {v.device}')
+        if gate.device != device:
+            raise ValueError(f'{op}: {name} is on {gate.device}, q on {device}')
+    if not device == k.device == v.device:
+        raise ValueError(f'{op}: q, k, v must be on one device, got {device}, {k.device}, {v.device}')
     if cu_seqlens is not None and (q.shape[0] != 1 or cu_seqlens.ndim != 1 or cu_seqlens.is_floating_point()):
         raise ValueError(
             f'{op}: with cu_seqlens, the sequences are packed in one row: expected B = 1 and cu_seqlens an integer '

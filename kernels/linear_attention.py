@@ -209,16 +209,17 @@ register_flop_formula(torch.ops.zoo.rank_augmented_backward)(_product_flops(2))
 
 def _check(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
     """Refuse what no implementation accepts, naming the argument."""
-    if q.ndim != 4 or k.shape != q.shape:
-        raise ValueError(f'{op}: q and k must both be (B, T, H, K), got {tuple(q.shape)} and {tuple(k.shape)}')
-    if v.ndim != 4 or v.shape[:3] != q.shape[:3]:
-        raise ValueError(f"{op}: v must be (B, T, H, V) with q's B, T, H = {tuple(q.shape[:3])}, got {tuple(v.shape)}")
-    if not q.dtype == k.dtype == v.dtype or q.dtype not in _dispatch.DTYPES:
+    shape, values, dtype, device = q.shape, v.shape, q.dtype, q.device
+    if len(shape) != 4 or k.shape != shape:
+        raise ValueError(f'{op}: q and k must both be (B, T, H, K), got {tuple(shape)} and {tuple(k.shape)}')
+    if values != shape and (len(values) != 4 or values[:3] != shape[:3]):
+        raise ValueError(f"{op}: v must be (B, T, H, V) with q's B, T, H = {tuple(shape[:3])}, got {tuple(values)}")
+    if not dtype == k.dtype == v.dtype or dtype not in _dispatch.DTYPES:
         raise ValueError(
-            f'{op}: q, k, v must share one floating dtype, {_dispatch.DTYPE_NAMES}, got {q.dtype}, {k.dtype}, {v.dtype}'
+            f'{op}: q, k, v must share one floating dtype, {_dispatch.DTYPE_NAMES}, got {dtype}, {k.dtype}, {v.dtype}'
         )
-    if not q.device == k.device == v.device:
-        raise ValueError(f'{op}: q, k, v must be on one device, got {q.device}, {k.device}, {v.device}')
+    if not device == k.device == v.device:
+        raise ValueError(f'{op}: q, k, v must be on one device, got {device}, {k.device}, {v.device}')
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, eps: float = 1e-4, elu: bool = False) -> Tensor:

@@ -228,25 +228,27 @@ def gated_local_mix(
     Raises:
         ValueError: for arguments that do not fit, naming them.
     """
-    if o.ndim != 4 or not o.shape == local.shape == gate.shape:
+    shape, device = o.shape, o.device
+    if len(shape) != 4 or not shape == local.shape == gate.shape:
         raise ValueError(
             f'gated_local_mix: o, local and gate must share one shape (B, T, H, V), '
-            f'got {tuple(o.shape)}, {tuple(local.shape)}, {tuple(gate.shape)}'
+            f'got {tuple(shape)}, {tuple(local.shape)}, {tuple(gate.shape)}'
         )
     for name, x in (('o', o), ('local', local), ('gate', gate)):
-        if x.dtype not in _dispatch.DTYPES or x.device != o.device:
+        if x.dtype not in _dispatch.DTYPES or x.device != device:
             raise ValueError(
-                f'gated_local_mix: {name} must be {_dispatch.DTYPE_NAMES}, on {o.device} as o is, '
+                f'gated_local_mix: {name} must be {_dispatch.DTYPE_NAMES}, on {device} as o is, '
                 f'got {x.dtype} on {x.device}'
             )
-    if not w_global.shape == w_local.shape == o.shape[-1:]:
+    heads, width = shape[2:]
+    if not w_global.shape == w_local.shape == (width,):
         raise ValueError(
-            f'gated_local_mix: w_global and w_local must be ({o.shape[-1]},), '
+            f'gated_local_mix: w_global and w_local must be ({width},), '
             f'got {tuple(w_global.shape)} and {tuple(w_local.shape)}'
         )
-    if gate_bias is not None and (not gate_logits or gate_bias.shape != (o.shape[2] * o.shape[3],)):
+    if gate_bias is not None and (not gate_logits or gate_bias.shape != (heads * width,)):
         raise ValueError(
-            f'gated_local_mix: gate_bias must be ({o.shape[2] * o.shape[3]},) and comes with gate_logits=True, '
+            f'gated_local_mix: gate_bias must be ({heads * width},) and comes with gate_logits=True, '
             f'got {tuple(gate_bias.shape)}'
         )
     if activation not in (None, 'silu'):
@@ -254,6 +256,6 @@ def gated_local_mix(
     args = (o, local, gate, gate_bias, w_global, w_local, float(eps), gate_logits, activation == 'silu')
     if _dispatch.forced() == 'naive':
         return naive_gated_local_mix(*args)
-    if o.shape[-1] <= 256 and _dispatch.takes_triton('mix', o):
+    if width <= 256 and _dispatch.takes_triton('mix', o):
         return _mix_op(*args)
     return _torch_gated_local_mix(*args)

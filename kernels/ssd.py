@@ -214,32 +214,38 @@ register_flop_formula(torch.ops.zoo.ssd_step_backward)(_flops(2))
 
 def _check(op: str, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, lead: str) -> None:
     """Refuse what no implementation accepts, naming the argument; `lead` are the axes before the heads."""
-    dims = len(lead.split(', ')) + 2
-    if x.ndim != dims:
-        raise ValueError(f'{op}: x must be ({lead}, H, P), got {tuple(x.shape)}')
-    before, heads = tuple(x.shape[:-2]), x.shape[-2]
-    if dt.shape != (*before, heads):
-        raise ValueError(f'{op}: dt must be ({lead}, H) = {(*before, heads)}, got {tuple(dt.shape)}')
+    dims, shape = lead.count(',') + 3, x.shape
+    if len(shape) != dims:
+        raise ValueError(f'{op}: x must be ({lead}, H, P), got {tuple(shape)}')
+    before, heads = shape[:-2], shape[-2]
+    if dt.shape != shape[:-1]:
+        raise ValueError(f'{op}: dt must be ({lead}, H) = {tuple(shape[:-1])}, got {tuple(dt.shape)}')
     for name, t in (('A', A), ('D', D)):
         if t is not None and t.shape != (heads,):
             raise ValueError(f'{op}: {name} must be (H,) = ({heads},), got {tuple(t.shape)}')
     for name, t in (('B', B), ('C', C)):
-        if t.ndim != dims or t.shape[:-2] != before or t.shape[-1] != B.shape[-1]:
+        shape = t.shape
+        if len(shape) != dims or shape[:-2] != before or shape[-1] != B.shape[-1]:
             raise ValueError(
-                f'{op}: {name} must be ({lead}, G, N) with one N for both and {lead} = {before}, got {tuple(t.shape)}'
+                f'{op}: {name} must be ({lead}, G, N) with one N for both and {lead} = {tuple(before)}, '
+                f'got {tuple(shape)}'
             )
-        if t.shape[-2] == 0 or heads % t.shape[-2]:
-            raise ValueError(f'{op}: {name} has {t.shape[-2]} groups, which do not divide {heads} heads')
+        groups = shape[-2]
+        if groups == 0 or heads % groups:
+            raise ValueError(f'{op}: {name} has {groups} groups, which do not divide {heads} heads')
     if not x.dtype == B.dtype == C.dtype or x.dtype not in _dispatch.DTYPES:
         raise ValueError(
             f'{op}: x, B and C must share one floating dtype, {_dispatch.DTYPE_NAMES}, '
             f'got {x.dtype}, {B.dtype}, {C.dtype}'
         )
+    device = x.device
     for name, t in (('dt', dt), ('A', A), ('B', B), ('C', C), ('D', D)):
-        if t is not None and not t.is_floating_point():
+        if t is None:
+            continue
+        if not t.is_floating_point():
             raise ValueError(f'{op}: {name} must be floating point, got {t.dtype}')
-        if t is not None and t.device != x.device:
-            raise ValueError(f'{op}: {name} is on {t.device}, x on {x.device}')
+        if t.device != device:
+            raise ValueError(f'{op}: {name} is on {t.device}, x on {device}')
 
 
 def ssd(

@@ -45,15 +45,29 @@ def test_hooks_of_profilers_see_every_launch(compiled, monkeypatch, name):
     assert compiled.calls == [('hooked', GRID, ARGS)]
 
 
-def test_a_kernel_is_looked_up_again_for_tensors_off_16_bytes(compiled, monkeypatch):
+class Kernel:
+    """A Triton function that compiles to `compiled` and notes what it is asked for."""
+
+    def __init__(self, compiled, name='kernel'):
+        self.compiled, self.fn, self.seen = compiled, name, []
+
+    def __getitem__(self, grid):
+        return lambda *args, **named: self.seen.append((grid, args, named)) or self.compiled
+
+    def warmup(self, *args, grid, **named):
+        self.seen.append(('warm', args, named))
+        return self.compiled
+
+
+@pytest.fixture
+def looked_up(monkeypatch):
     monkeypatch.setattr(_common, 'interpreting', lambda: False)
-    seen = []
+    monkeypatch.setattr(_common, '_launched', {})
 
-    class Kernel:
-        def __getitem__(self, grid):
-            return lambda *args, **named: seen.append((grid, args, named)) or compiled
 
-    launch = _common.Launch(Kernel(), GRID, (5,), {'D': 8}, 2, 3, registers=64)
+def test_a_kernel_is_looked_up_again_for_tensors_off_16_bytes(compiled, looked_up):
+    kernel = Kernel(compiled)
+    launch = _common.Launch(kernel, GRID, (5,), {'D': 8}, 2, 3, registers=64)
     buffer = torch.zeros(64)
     inside, off = buffer[:8], buffer[1:9]
     assert _common.aligned(inside, None) and not _common.aligned(inside, off)
@@ -62,8 +76,29 @@ def test_a_kernel_is_looked_up_again_for_tensors_off_16_bytes(compiled, monkeypa
     launch(True, inside)
     launch(False, off)
     expected = {'D': 8, 'num_warps': 2, 'num_stages': 3, 'maxnreg': 64}
-    assert [(args[1:], named) for _, args, named in seen] == [((5,), expected)] * 3
+    assert [(args[1:], named) for _, args, named in kernel.seen] == [((5,), expected)] * 3
     assert [call[1][-3:] for call in compiled.calls] == [(inside.data_ptr(), 5, 8)]
+
+
+def test_launches_share_code_unless_types_or_constants_differ(compiled, looked_up):
+    kernel, x = Kernel(compiled), torch.zeros(8)
+    make = lambda size, D=8, warps=4: _common.Launch(kernel, GRID, (size,), {'D': D}, warps)  # noqa: E731
+    make(5)(True, x, None)
+    make(6)(True, x, None)
+    assert len(kernel.seen) == 1 and compiled.calls[-1][1][-4:] == (x.data_ptr(), None, 6, 8)
+    for launch, tensors in ((make(5, 16), (x, None)), (make(5, warps=2), (x, None)), (make(5), (x.half(), None)),
+                            (make(5), (x, x)), (make(5), (x, x.half()))):  # fmt: skip
+        launch(True, *tensors)
+    assert len(kernel.seen) == 6 and len(compiled.calls) == 1
+
+
+def test_preparing_compiles_once_and_launches_nothing(compiled, looked_up):
+    kernel, x = Kernel(compiled), torch.zeros(8)
+    for size in (5, 6):
+        _common.Launch(kernel, GRID, (size,), {'D': 8}).prepare(True, x)
+    assert [grid for grid, _, _ in kernel.seen] == ['warm'] and not compiled.calls
+    _common.Launch(kernel, GRID, (7,), {'D': 8})(True, x)
+    assert len(kernel.seen) == 1 and compiled.calls[0][1][-2:] == (7, 8)
 
 
 def test_plans_are_made_once_per_shapes_strides_types_and_options(monkeypatch):

@@ -168,7 +168,8 @@ def start(compiled, grid: tuple, tensors: tuple, rest: tuple) -> None:
     """Start a compiled kernel, which has run before, on the current device's stream.
 
     `compiled[grid](*tensors, *rest)` calls the hooks of profilers at every launch and asks the driver about every
-    tensor, most of its time. Where no profiler has hung one in, they are left out, and addresses are given for tensors.
+    tensor, most of its time. Where no profiler has hung one in, they are left out, and addresses are given for tensors;
+    some may be addresses already.
     """
     runtime = knobs.runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
@@ -176,7 +177,7 @@ def start(compiled, grid: tuple, tensors: tuple, rest: tuple) -> None:
         compiled[grid](*tensors, *rest)
         return
     stream = torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())
-    places = [x if x is None else x.data_ptr() for x in tensors]
+    places = [x if x is None or x.__class__ is int else x.data_ptr() for x in tensors]
     compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *places, *rest)
 
 
@@ -186,7 +187,8 @@ _launched: dict[tuple, object] = {}
 class Launch:
     """A kernel with all of a launch but its tensors, which are of the same types in every call.
 
-    From the second call on it goes past Triton's own look-up, which is most of a launch's time.
+    From the second call on it goes past Triton's own look-up, which is most of a launch's time. Launches that differ in
+    their grids and sizes alone share the compiled code.
 
     Args:
         kernel: its arguments are the tensors, `sizes`, then the constants by name.
@@ -211,7 +213,7 @@ class Launch:
 
         Args:
             aligned: whether all of `tensors` start at multiples of 16 bytes.
-            tensors: pointers, None where absent.
+            tensors: pointers, None where absent; once it is `compiled` and they are aligned, addresses do.
         """
         if aligned and self.compiled is not None:
             start(self.compiled, self.grid, tensors, self.rest)
@@ -219,10 +221,34 @@ class Launch:
             return
         elif interpreting():
             self.kernel[self.grid](*tensors, *self.sizes, **self.consts)
+        elif not aligned:
+            self.kernel[self.grid](*tensors, *self.sizes, **self.consts, **self.options)
         else:
+            key = self._code(tensors)
+            self.compiled = _launched.get(key)
+            if self.compiled is not None:
+                start(self.compiled, self.grid, tensors, self.rest)
+                return
             compiled = self.kernel[self.grid](*tensors, *self.sizes, **self.consts, **self.options)
-            if aligned:
-                self.compiled = compiled
+            self.compiled = _launched[key] = compiled
+
+    def prepare(self, aligned: bool, *tensors: torch.Tensor | None) -> None:
+        """Compile what a call with such tensors would, and launch nothing."""
+        if interpreting():
+            return
+        key = self._code(tensors)
+        if aligned and key in _launched:
+            return
+        compiled = self.kernel.warmup(*tensors, *self.sizes, grid=self.grid, **self.consts, **self.options)
+        compiled[self.grid]  # loads it and builds its launcher
+        if aligned:
+            _launched[key] = compiled
+
+    def _code(self, tensors: tuple) -> tuple:
+        """What decides the compiled code, where all tensors are aligned."""
+        types = (None if x is None else x.dtype for x in tensors)
+        options = tuple(self.options.values())
+        return self.kernel.fn, tensors[0].device, options, *self.consts.values(), *types
 
 
 def aligned(*tensors: torch.Tensor | None) -> bool:
@@ -232,6 +258,11 @@ def aligned(*tensors: torch.Tensor | None) -> bool:
         if x is not None:
             ends |= x.data_ptr()
     return ends % 16 == 0
+
+
+def types(*tensors: torch.Tensor | None) -> tuple[torch.dtype | None, ...]:
+    """Their dtypes, for the options of a plan that nothing else of them decides."""
+    return tuple([None if x is None else x.dtype for x in tensors])
 
 
 _plans: dict[tuple, object] = {}
@@ -265,7 +296,7 @@ def launch(
     stages: int = 2,
     registers: int | None = None,
 ) -> None:
-    """Launch a kernel once; what `Launch` keeps is found by everything that it depends on.
+    """Launch a kernel once, where there is no plan to keep a `Launch`.
 
     Args:
         kernel: as for `Launch`, like the arguments after `tensors`.
@@ -277,30 +308,11 @@ def launch(
         stages: as for `Launch`.
         registers: as for `Launch`.
     """
-    if 0 in grid:
-        return
     device = tensors[0].device
     if device.type == 'cuda' and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             return launch(kernel, grid, tensors, sizes, consts, warps, stages, registers)
-    ends = 0
-    types = []
-    for x in tensors:
-        if x is None:
-            types.append(None)
-        else:
-            ends |= x.data_ptr()
-            types.append(x.dtype)
-    values = tuple(consts.values())
-    key = (kernel.fn, device, ends % 16, warps, stages, registers, values, *types)
-    found = _launched.get(key)
-    if found is not None:
-        start(found, grid, tensors, (*sizes, *values))
-        return
-    once = Launch(kernel, grid, sizes, consts, warps, stages, registers)
-    once(ends % 16 == 0, *tensors)
-    if once.compiled is not None:
-        _launched[key] = once.compiled
+    Launch(kernel, grid, sizes, consts, warps, stages, registers)(aligned(*tensors), *tensors)
 
 
 @functools.cache

@@ -17,11 +17,9 @@ from zoo.kernels._triton._common import (
     ceil_div,
     compute_types,
     gate_types,
-    interpreting,
     next_power,
     on_device_of_first,
     plan,
-    start,
 )
 from zoo.kernels._triton.gla_chunks import gla_bwd_kernel_chunk, gla_fwd_kernel_out
 from zoo.kernels._triton.gla_states import gla_kernel_scan, gla_kernel_states, gla_kernel_table
@@ -35,9 +33,6 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SAFE_PARTS, SAFE_WARPS = 4, 1  # the sweep's safe form: pieces of a chunk, warps
 SAFE_GROUP = 8  # chunks that one program of the safe backward form looks at
 LIMIT = -100.0  # log 2 of the smallest gate product inside a chunk that the fast form takes
-
-_compiled: dict[tuple, object] = {}
-_codes: dict[tuple, int] = {}
 
 
 class Config(NamedTuple):
@@ -98,6 +93,11 @@ def _rows(x: torch.Tensor | None) -> torch.Tensor | None:
     return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
+def _gates(x: torch.Tensor | None) -> torch.Tensor | None:
+    """The same for gates; those of heads may lie anyhow."""
+    return x if x is None or x.dim() == 3 else _rows(x)
+
+
 class Table:
     """Where the chunks and segments of packed sequences lie, found on the device.
 
@@ -123,19 +123,20 @@ class Table:
 
 
 class Plan:
-    """All that follows from shapes, types and strides: sizes, grids and constants of every launch of one pass."""
+    """All that follows from shapes, types and strides: sizes, and every launch of one pass."""
 
-    def __init__(self, dirs, final, q, k, v, gf, gb, do, init, dinit, cu_seqlens):
+    def __init__(self, dirs, final, scale, q, k, v, gf, gb, do, init, dinit, cu_seqlens):
         B, T, H, K = q.shape
         varlen, N = cu_seqlens is not None, B if cu_seqlens is None else cu_seqlens.shape[0] - 1
         V = v.shape[-1]
         g = gf if gf is not None else gb
+        self.in_place = all(_rows(x) is x for x in (q, k, v, do)) and _gates(gf) is gf and _gates(gb) is gb
         self.gate = 0 if g is None else 1 if g.dim() == 3 else 2
-        self.backward = do is not None
-        cfg = config(q.dtype, K, V, self.backward, dirs == BOTH and self.gate > 0)
-        self.cfg, self.varlen, self.N, self.H = cfg, varlen, N, H
+        backward = do is not None
+        cfg = config(q.dtype, K, V, backward, dirs == BOTH and self.gate > 0)
+        self.cfg, self.device = cfg, q.device
         self.sweep = cfg.sweep
-        kinds = (2 if dirs == BOTH else 1) * (2 if self.backward else 1)
+        kinds = (2 if dirs == BOTH else 1) * (2 if backward else 1)
 
         length = ceil_div(T, N) if varlen else T
         # Sweeping a whole sequence in one program saves the scan, where enough programs remain to fill the GPU.
@@ -144,180 +145,147 @@ class Plan:
         cps = max(SEGMENT // cfg.bt, ceil_div(nch, MAX_SEGMENTS)) if long else 1 << 20
         if varlen:
             nseg = 2 if long else 1  # only whether there are several counts
-            self.n_chunks, self.n_segs = T // cfg.bt + N, nch // cps + N
+            n_chunks, n_segs = T // cfg.bt + N, nch // cps + N
         else:
             nseg = ceil_div(nch, cps)
-            self.n_chunks, self.n_segs = B * nch, B * nseg
-        self.table = Table(N, self.n_chunks, self.n_segs, cps, cfg.bt) if varlen else None
+            n_chunks, n_segs = B * nch, B * nseg
+        self.table = Table(N, n_chunks, n_segs, cps, cfg.bt) if varlen else None
         self.several = nseg > 1
         ct, prec = compute_types(q.dtype)
         mt, split = gate_types(q.dtype, None if g is None else g.dtype)
         vp = cfg.nv * cfg.bv
         self.state_dtype = torch.bfloat16 if ct.name == 'bf16' else torch.float32
-        scratch = SAFE_PARTS * self.n_chunks if self.sweep else kinds * self.n_chunks
+        scratch = SAFE_PARTS * n_chunks if self.sweep else kinds * n_chunks
         self.state_shape = (scratch * H, vp, cfg.bk)
-        self.total_shape = (kinds * H * self.n_chunks, cfg.bk)
-        self.seg_shape = (kinds * H * self.n_segs, vp, cfg.bk)
+        self.total_shape = (kinds * H * n_chunks, cfg.bk)
+        self.seg_shape = (kinds * H * n_segs, vp, cfg.bk)
+        self.out_shape, self.final_shape = (B, T, H, V), (N, H, K, V)
+        self.n_flags = n_segs * H * cfg.nv
 
         unit = alignment(*(x for x in (q, k, v, do) if x is not None))
         unit_g = alignment(*(x for x in (gf, gb) if x is not None)) if self.gate == 2 else 1
-        self.ints = []
+        ints = []
         for x, u in ((q, unit), (k, unit), (v, unit), (v if do is None else do, unit), (gf, unit_g), (gb, unit_g)):
             x = x if x is not None else g if g is not None else q
-            self.ints += [s // u for s in x.stride()[:3]]
-        self.sizes = [T, nch, cps, nseg, self.n_chunks, self.n_segs, H]
-        consts = {'K': K, 'V': V, 'BT': cfg.bt, 'BK': cfg.bk, 'BV': cfg.bv, 'NV': cfg.nv, 'DIRS': dirs,
-                  'GATE': self.gate, 'VARLEN': varlen, 'A': unit, 'AG': unit_g, 'CT': ct, 'PREC': prec, 'MT': mt,
-                  'SPLIT': split, 'ADJOINT': self.backward, 'INIT': init is not None, 'DINIT': dinit is not None,
-                  'FINAL': 0 if not final else 2 if self.backward else 1, 'KEEP': not self.sweep,
-                  'LEVELS': cfg.bt.bit_length() - 1,
-                  'SUMS': cfg.sums if prec == 'tf32' else prec}  # fmt: skip
+            ints += [s // u for s in x.stride()[:3]]
         # A chunk's two forms are two launches, each of which returns at once from the other's chunks: one kernel with a
         # branch would hold the registers of both. fp32 takes the safe form everywhere, the more exact one.
-        self.forms = (False,) if self.gate == 0 else (True,) if q.dtype == torch.float32 else (False, True)
-        consts['LIMIT'] = float('inf') if self.forms == (True,) else LIMIT
-        self.consts = consts
-        self.scan_consts = consts | {'BV': 16, 'VP': vp, 'TURNED': False}
-        # What decides the compiled code: a kernel's constants, the types and the alignment of what it is given.
-        code = (*consts.values(), q.dtype, None if g is None else g.dtype, self.state_dtype, q.device)
-        self.codes = {at_16: _codes.setdefault((*code, at_16), len(_codes)) for at_16 in (True, False)}
-        self.grid_states = (self.n_segs * H * kinds, cfg.nv, 1)
-        self.grid_scan = (N * H * kinds, vp // 16, 1)
-        self.grid_chunks = (self.n_chunks * H, cfg.nv, 1)
-        self.grid_sweep = (self.n_segs * H, cfg.nv, 1)
-        self.out_shape = (B, T, H, V)
+        forms = (False,) if self.gate == 0 else (True,) if q.dtype == torch.float32 else (False, True)
+        sizes = (*ints, scale, T, nch, cps, nseg, n_chunks, n_segs, H)
+        consts = {'K': K, 'V': V, 'BT': cfg.bt, 'BK': cfg.bk, 'BV': cfg.bv, 'NV': cfg.nv, 'DIRS': dirs,
+                  'GATE': self.gate, 'VARLEN': varlen, 'A': unit, 'AG': unit_g, 'CT': ct, 'PREC': prec, 'MT': mt,
+                  'SPLIT': split, 'ADJOINT': backward, 'INIT': init is not None, 'DINIT': dinit is not None,
+                  'FINAL': 0 if not final else 2 if backward else 1, 'KEEP': not self.sweep,
+                  'LEVELS': cfg.bt.bit_length() - 1, 'SUMS': cfg.sums if prec == 'tf32' else prec,
+                  'LIMIT': float('inf') if forms == (True,) else LIMIT}  # fmt: skip
+        self.states = launched(gla_kernel_states, 15, (n_segs * H * kinds, cfg.nv, 1), sizes, consts, cfg.states)
+        scan = consts | {'BV': 16, 'VP': vp, 'TURNED': False}
+        self.scan = launched(gla_kernel_scan, 6, (N * H * kinds, vp // 16, 1), (nseg, n_segs, H), scan, _options(1, 3))
+        kernel, tensors, grid = gla_fwd_kernel_out, 11, (n_chunks * H, cfg.nv, 1)
+        if backward:
+            kernel, tensors = gla_bwd_kernel_chunk, 16
+        elif self.sweep:
+            kernel, tensors, grid = gla_fwd_kernel_sweep, 10, (n_segs * H, cfg.nv, 1)
+        self.chunks = []
+        for safe in forms:
+            group = SAFE_GROUP if safe else cfg.group
+            grid = (ceil_div(n_chunks, group) * H, 1, 1) if backward else grid
+            parts = SAFE_PARTS if safe and self.sweep else 1  # the sweep's safe form cuts chunks into parts
+            rows = cfg.bt // parts
+            consts |= {'SAFE': safe, 'GROUP': group, 'STAGES': 1 if safe else cfg.ahead, 'PARTS': parts, 'BT': rows,
+                       'LEVELS': rows.bit_length() - 1}  # fmt: skip
+            options = _options(SAFE_WARPS, 3) if safe and self.sweep else cfg.chunks
+            self.chunks.append(launched(kernel, tensors, grid, sizes, consts, options))
+        self.prepared = set()
 
-    def parts(self, safe: bool) -> dict:
-        """Constants of the sweep: the safe form works on chunks cut into parts."""
-        parts = SAFE_PARTS if safe and self.sweep else 1
-        rows = self.cfg.bt // parts
-        return {'PARTS': parts, 'BT': rows, 'LEVELS': rows.bit_length() - 1}
+    def ready(self, at_16: bool) -> bool:
+        """Whether all is compiled, so that only addresses count."""
+        return at_16 and self.chunks[-1].compiled is not None
 
+    def scratch(self, none: torch.Tensor, ready: bool) -> tuple[torch.Tensor, ...]:
+        """States, totals, prefixes, states and totals of segments; `none` stands for what is not needed."""
+        new = lambda *shape: torch.empty(*shape, dtype=torch.float32, device=self.device)  # noqa: E731
+        states = torch.empty(*self.state_shape, dtype=self.state_dtype, device=self.device)
+        totals = prefix = seg_state = seg_total = none
+        if self.gate and not self.sweep:
+            totals, prefix = new(*self.total_shape), new(*self.total_shape)
+        if self.several:
+            seg_state, seg_total = new(*self.seg_shape), new(self.seg_shape[0], self.cfg.bk)
+        elif not ready:  # the kernels' code must not depend on whether there are several: same types in both cases
+            seg_state = seg_total = nothing(self.device)
+        return states, totals, prefix, seg_state, seg_total
 
-def _launch(kernel, code: tuple, grid: tuple, args: list, consts: dict, options: dict, run: bool = True) -> None:
-    """Run a kernel, or only compile it; from the second time on past Triton's own look-up, most of a launch's time."""
-    found = _compiled.get(code)  # never there in the interpreter
-    if found is None:
-        used = {n: consts[n] for n in kernel.arg_names[len(args) :]}
-        if interpreting():
-            if run:
-                kernel[grid](*args, **used)
-        elif run:
-            _compiled[code] = kernel[grid](*args, **used, **options), tuple(used.values())
-        else:
-            compiled = kernel.warmup(*args, grid=grid, **used, **options)
-            compiled[grid]  # loads it and builds its launcher
-            _compiled[code] = compiled, tuple(used.values())
-    elif run:
-        compiled, values = found
-        start(compiled, grid, (*args, *values))
-
-
-class _Run:
-    """One pass over one set of inputs: scratch, and the launches that all passes share."""
-
-    def __init__(self, q, k, v, gf, gb, scale, init, cu_seqlens, dirs, final, do=None, dinit=None):
-        if gf is not None and gf.dim() == 4:
-            gf = _rows(gf)
-        if gb is not None and gb.dim() == 4:
-            gb = _rows(gb)
-        q, k, v, do = _rows(q), _rows(k), _rows(v), _rows(do)
-        self.plan = steps = plan(Plan, (dirs, final), q, k, v, gf, gb, do, init, dinit, cu_seqlens)
-        device = q.device
-        self.q, self.k, self.v, self.do = q, k, v, v if do is None else do
-        self.gf = gf if gf is not None else gb if gb is not None else q
-        self.gb = gb if gb is not None else self.gf
-        self.init = q if init is None else init
-        self.dinit = q if dinit is None else dinit
-        self.ints = [*steps.ints, float(scale), *steps.sizes]
-        ends = q.data_ptr() | k.data_ptr() | v.data_ptr() | self.do.data_ptr() | self.gf.data_ptr() | self.gb.data_ptr()
-        ends |= self.init.data_ptr() | self.dinit.data_ptr()
-        self.code = steps.codes[ends % 16 == 0]
-
-        self.states = torch.empty(*steps.state_shape, dtype=steps.state_dtype, device=device)
-        self.totals = self.prefix = self.seg_state = self.seg_total = q
-        if steps.gate and not steps.sweep:
-            self.totals = torch.empty(*steps.total_shape, dtype=torch.float32, device=device)
-            self.prefix = torch.empty(*steps.total_shape, dtype=torch.float32, device=device)
-        # The kernels' code must not depend on whether there are several segments: same types in both cases.
-        if steps.several:
-            self.seg_state = torch.empty(*steps.seg_shape, dtype=torch.float32, device=device)
-            self.seg_total = torch.empty(steps.seg_shape[0], steps.cfg.bk, dtype=torch.float32, device=device)
-        else:
-            self.seg_state = self.seg_total = _nothing(device)
-        self.chunks = self.segs = self.spans = q
-        if steps.varlen:
-            self.chunks, self.segs, self.spans = steps.table(cu_seqlens)
-
-    def run_states(self, final: torch.Tensor | None) -> None:
+    def run_states(self, at_16: bool, inputs, scratch, init, dinit, final, segs, spans) -> None:
         """Fill the states, and `final` with the state (or in a backward pass its gradient) past the last token."""
-        steps, q = self.plan, self.q
-        final = q if final is None else final
-        # What only longer sequences run is compiled now, so that a later call with another T compiles nothing.
-        code = ('states', self.code)
-        if steps.several or not steps.sweep or code not in _compiled:
-            args = [q, self.k, self.v, self.do, self.gf, self.gb, self.states, self.totals, self.prefix,
-                    self.seg_state, self.seg_total, self.init, self.dinit, final, self.segs, *self.ints]  # fmt: skip
-            _launch(gla_kernel_states, code, steps.grid_states, args, steps.consts, steps.cfg.states,
-                    steps.several or not steps.sweep)  # fmt: skip
-        code = ('scan', self.code)
-        if steps.several or code not in _compiled:
-            args = [self.seg_state, self.seg_total, self.init, self.dinit, final, self.spans, steps.sizes[3],
-                    steps.n_segs, steps.H]  # fmt: skip
-            _launch(gla_kernel_scan, code, steps.grid_scan, args, steps.scan_consts, {'num_warps': 1}, steps.several)
-
-    def run_chunks(self, name: str, kernel, grid: tuple | None, tensors: list) -> None:
-        """The launches of a kernel that comes in a fast and a safe form; no grid stands for groups of chunks."""
-        steps = self.plan
-        args = [*tensors, *self.ints]
-        for safe in steps.forms:
-            code = (name, safe, self.code)
-            group = SAFE_GROUP if safe else steps.cfg.group
-            consts = {}
-            if code not in _compiled:
-                consts = steps.consts | {'SAFE': safe, 'GROUP': group, 'STAGES': 1 if safe else steps.cfg.ahead}
-                consts |= steps.parts(safe)
-            size = grid if grid else (ceil_div(steps.n_chunks, group) * steps.H, 1, 1)
-            options = _options(SAFE_WARPS, 3) if safe and steps.sweep else steps.cfg.chunks
-            _launch(kernel, code, size, args, consts, options)
+        if self.several or not self.sweep:
+            self.states(at_16, *inputs, *scratch, init, dinit, final, segs)
+        if self.several:
+            self.scan(at_16, *scratch[3:], init, dinit, final, spans)
+        elif at_16 not in self.prepared:
+            # What only longer sequences run is compiled now, so that a later call with another T compiles nothing.
+            self.prepared.add(at_16)
+            if self.sweep:
+                self.states.prepare(at_16, *inputs, *scratch, init, dinit, final, segs)
+            self.scan.prepare(at_16, *scratch[3:], init, dinit, final, spans)
 
 
-def _nothing(device: torch.device) -> torch.Tensor:
+def launched(kernel, tensors: int, grid: tuple, sizes: tuple, consts: dict, options: dict) -> Launch:
+    """The launch of a kernel that takes so many tensors, with those of `consts` that it takes."""
+    consts = {name: consts[name] for name in kernel.arg_names[tensors + len(sizes) :]}
+    warps, stages, registers = options['num_warps'], options['num_stages'], options.get('maxnreg')
+    return Launch(kernel, grid, sizes, consts, warps, stages, registers)
+
+
+def nothing(device: torch.device) -> torch.Tensor:
     """A tensor that stands where none is needed; not kept, since CUDA graphs own what is allocated under them."""
     return torch.empty(16, dtype=torch.float32, device=device)
 
 
 @on_device_of_first
 def _forward(q, k, v, gf, gb, scale, init, output_final_state, cu_seqlens, dirs):
-    run = _Run(q, k, v, gf, gb, scale, init, cu_seqlens, dirs, output_final_state)
-    steps = run.plan
-    o = torch.empty(*steps.out_shape, dtype=q.dtype, device=q.device)
+    options = dirs, output_final_state, scale
+    steps = plan(Plan, options, q, k, v, gf, gb, None, init, None, cu_seqlens)
+    if not steps.in_place:
+        q, k, v, gf, gb = _rows(q), _rows(k), _rows(v), _gates(gf), _gates(gb)
+        steps = plan(Plan, options, q, k, v, gf, gb, None, init, None, cu_seqlens)
+    at_16 = aligned(q, k, v, gf, gb, init)
+    gf = gf if gf is not None else gb if gb is not None else q
+    gb = gf if gb is None else gb
+    scratch = steps.scratch(q, steps.ready(at_16))
+    chunks, segs, spans = (q, q, q) if steps.table is None else steps.table(cu_seqlens)
+    o = torch.empty(*steps.out_shape, dtype=q.dtype, device=steps.device)
     final = None
     if output_final_state:
-        final = torch.empty(steps.N, steps.H, q.shape[-1], v.shape[-1], dtype=torch.float32, device=q.device)
-    run.run_states(final)
-    tensors = [run.q, run.k, run.v, run.gf, run.gb, o, run.states]
+        final = torch.empty(*steps.final_shape, dtype=torch.float32, device=steps.device)
+    steps.run_states(at_16, (q, k, v, v, gf, gb), scratch, q if init is None else init, q,
+                     q if final is None else final, segs, spans)  # fmt: skip
     if steps.sweep:
-        flags = torch.empty(steps.grid_sweep[0] * steps.grid_sweep[1], dtype=torch.int32, device=q.device)
-        run.run_chunks('sweep', gla_fwd_kernel_sweep, steps.grid_sweep, [*tensors, run.seg_state, flags, run.segs])
+        flags = torch.empty(steps.n_flags, dtype=torch.int32, device=steps.device)
+        tensors = q, k, v, gf, gb, o, scratch[0], scratch[3], flags, segs
     else:
-        run.run_chunks('out', gla_fwd_kernel_out, steps.grid_chunks,
-                       [*tensors, run.totals, run.prefix, run.seg_state, run.chunks])  # fmt: skip
+        tensors = q, k, v, gf, gb, o, *scratch[:4], chunks
+    for run in steps.chunks:
+        run(at_16, *tensors)
     return o, final
 
 
 @on_device_of_first
 def _backward(q, k, v, gf, gb, scale, init, do, dfinal, cu_seqlens, dirs):
-    run = _Run(q, k, v, gf, gb, scale, init, cu_seqlens, dirs, init is not None, do, dfinal)
-    dq, dk, dv = (torch.empty(*x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    dgf = None if gf is None else torch.empty(*gf.shape, dtype=gf.dtype, device=q.device)
-    dgb = None if gb is None else torch.empty(*gb.shape, dtype=gb.dtype, device=q.device)
-    dinit = None if init is None else torch.empty(*init.shape, dtype=torch.float32, device=q.device)
-    run.run_states(dinit)
-    run.run_chunks('gradients', gla_bwd_kernel_chunk, None,
-                   [run.q, run.k, run.v, run.do, run.gf, run.gb, dq, dk, dv, dq if dgf is None else dgf,
-                    dq if dgb is None else dgb, run.states, run.totals, run.prefix, run.seg_state, run.chunks],
-                   )  # fmt: skip
+    q, k, v, do, gf, gb = _rows(q), _rows(k), _rows(v), _rows(do), _gates(gf), _gates(gb)
+    steps = plan(Plan, (dirs, init is not None, scale), q, k, v, gf, gb, do, init, dfinal, cu_seqlens)
+    at_16 = aligned(q, k, v, gf, gb, do, init, dfinal)
+    new = lambda x: None if x is None else torch.empty(*x.shape, dtype=x.dtype, device=steps.device)  # noqa: E731
+    dq, dk, dv, dgf, dgb, dinit = (new(x) for x in (q, k, v, gf, gb, init))
+    in_f = gf if gf is not None else gb if gb is not None else q
+    in_b = in_f if gb is None else gb
+    scratch = steps.scratch(q, steps.ready(at_16))
+    chunks, segs, spans = (q, q, q) if steps.table is None else steps.table(cu_seqlens)
+    steps.run_states(at_16, (q, k, v, do, in_f, in_b), scratch, q if init is None else init,
+                     q if dfinal is None else dfinal, q if dinit is None else dinit, segs, spans)  # fmt: skip
+    tensors = (q, k, v, do, in_f, in_b, dq, dk, dv, dq if dgf is None else dgf, dq if dgb is None else dgb,
+               *scratch[:4], chunks)  # fmt: skip
+    for run in steps.chunks:
+        run(at_16, *tensors)
     return dq, dk, dv, dgf, dgb, dinit
 
 

@@ -11,15 +11,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from zoo.kernels._triton._common import (
+    Launch,
+    aligned,
     ceil_div,
     compute_types,
     launch,
     load_tile,
     mm,
     next_power,
+    on_device_of_first,
+    plan,
     programs,
     store_tile,
     token_rows,
+    types,
 )  # fmt: skip
 
 MAX_RANK = 64
@@ -134,14 +139,24 @@ def _mix_consts(o, strides, gate_logits, silu, tile) -> dict:
             'LOGITS': gate_logits, 'SILU': silu}  # fmt: skip
 
 
+class _MixPlan:
+    def __init__(self, eps: float, logits: bool, silu: bool, _: tuple, o, local, gate):
+        rows = [token_rows(x, 2) for x in (o, local, gate)]
+        self.in_place = all(row is x for (row, _), x in zip(rows, (o, local, gate)))
+        consts = _mix_consts(o, [distance for _, distance in rows], logits, silu, _TILE)
+        N = o.shape[0] * o.shape[1]
+        self.run = Launch(mix_fwd_kernel, (ceil_div(N * consts['H'], consts['BN']), 1, 1), (N, eps), consts)
+
+
+@on_device_of_first
 def mix_fwd(o, local, gate, gate_bias, w_global, w_local, eps, gate_logits, silu):
     """The mixture (B, T, H, V) in o's dtype."""
-    y = torch.empty(*o.shape, dtype=o.dtype, device=o.device)
-    N = o.shape[0] * o.shape[1]
-    (o, SO), (local, SL), (gate, SG) = token_rows(o, 2), token_rows(local, 2), token_rows(gate, 2)
-    consts = _mix_consts(o, (SO, SL, SG), gate_logits, silu, _TILE)
-    launch(mix_fwd_kernel, (ceil_div(N * consts['H'], consts['BN']), 1, 1),
-           (o, local, gate, gate_bias, w_global, w_local, y), (N, eps), consts)  # fmt: skip
+    options = eps, gate_logits, silu, types(gate_bias, w_global, w_local)
+    steps = plan(_MixPlan, options, o, local, gate)
+    y = o.new_empty(*o.shape)
+    if not steps.in_place:
+        o, local, gate = (token_rows(x, 2)[0] for x in (o, local, gate))
+    steps.run(aligned(o, local, gate, gate_bias, w_global, w_local), o, local, gate, gate_bias, w_global, w_local, y)
     return y
 
 
@@ -232,15 +247,24 @@ def _gate_consts(r: Tensor, SR: int, K: int) -> dict:
             'CT': ct, 'PREC': prec}  # fmt: skip
 
 
+class _GatesPlan:
+    def __init__(self, normalizer: float, r, weight, bias):
+        K, N = weight.shape[0] // 2, r.numel() // r.shape[-1]
+        rows, SR = token_rows(r)
+        self.in_place = rows is r and weight.is_contiguous() and bias.is_contiguous()
+        consts = _gate_consts(r, SR, K)
+        self.shape = (*r.shape[:-1], K)
+        self.run = Launch(gates_fwd_kernel, (ceil_div(N, _GATE_ROWS), 2 * consts['NK'], 1), (N, 1 / normalizer), consts)
+
+
+@on_device_of_first
 def gates_fwd(r, weight, bias, normalizer):
     """Log gates (..., K) of both directions in r's dtype."""
-    K = weight.shape[0] // 2
-    g_fwd, g_bwd = (torch.empty(*r.shape[:-1], K, dtype=r.dtype, device=r.device) for _ in range(2))
-    N = r.numel() // r.shape[-1]
-    r, SR = token_rows(r)
-    consts = _gate_consts(r, SR, K)
-    launch(gates_fwd_kernel, (ceil_div(N, _GATE_ROWS), 2 * consts['NK'], 1),
-           (r, weight.contiguous(), bias.contiguous(), g_fwd, g_bwd), (N, 1 / normalizer), consts)  # fmt: skip
+    steps = plan(_GatesPlan, (normalizer,), r, weight, bias)
+    g_fwd, g_bwd = r.new_empty(*steps.shape), r.new_empty(*steps.shape)
+    if not steps.in_place:
+        r, weight, bias = token_rows(r)[0], weight.contiguous(), bias.contiguous()
+    steps.run(aligned(r, weight, bias), r, weight, bias, g_fwd, g_bwd)
     return g_fwd, g_bwd
 
 

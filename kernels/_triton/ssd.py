@@ -17,12 +17,11 @@ from zoo.kernels._triton._common import (
     alignment,
     ceil_div,
     compute_types,
-    interpreting,
     next_power,
     on_device_of_first,
     plan,
 )
-from zoo.kernels._triton.gla import Table, _compiled, _launch, _nothing, _options, _rows
+from zoo.kernels._triton.gla import Table, _options, _rows, launched, nothing
 from zoo.kernels._triton.gla_states import gla_kernel_scan
 from zoo.kernels._triton.ssd_kernels import (
     ssd_bwd_kernel_chunk,
@@ -40,8 +39,6 @@ LEAST_CHUNKS = 8  # in a segment
 # Tokens in a chunk of a bf16 backward pass. Products with 64 rows become wgmma, and with those Triton 3.6 computes some
 # block sizes wrongly on an H100 (gradients of A off by a fifth, by rounding alone 2e-3); 32 rows take mma.sync.
 BACKWARD_TOKENS = 32
-
-_codes: dict[tuple, int] = {}
 
 
 class Config(NamedTuple):
@@ -82,16 +79,17 @@ def unsupported(x: torch.dtype, dt: torch.dtype, P: int, N: int) -> str | None:
 
 
 class Plan:
-    """All that follows from shapes, types and strides: sizes, grids and constants of every launch of one pass."""
+    """All that follows from shapes, types and strides: sizes, and every launch of one pass."""
 
     def __init__(self, final, x, dt, A, B, C, D, dy, init, dinit, cu_seqlens):
         rows, T, H, P = x.shape
         varlen, sequences = cu_seqlens is not None, rows if cu_seqlens is None else cu_seqlens.shape[0] - 1
         N = B.shape[-1]
-        self.backward = dy is not None
-        kinds = 2 if self.backward else 1
-        self.cfg = cfg = config(x.dtype, P, N, self.backward)
-        self.varlen, self.sequences, self.H = varlen, sequences, H
+        self.in_place = all(_rows(t) is t for t in (x, B, C, dy))
+        backward = dy is not None
+        kinds = 2 if backward else 1
+        self.cfg = cfg = config(x.dtype, P, N, backward)
+        self.backward, self.device = backward, x.device
         nch = ceil_div(T, cfg.bt)
         programs = sequences * H * cfg.np * kinds
         cps = max(LEAST_CHUNKS, ceil_div(nch * (1 if varlen else rows) * H * cfg.np * kinds * cfg.bp * cfg.bn, WORK))
@@ -99,88 +97,64 @@ class Plan:
         cps = cps if several else 1 << 20
         if varlen:
             nseg = 2 if several else 1  # only whether there are several counts
-            self.n_chunks, self.n_segs = T // cfg.bt + sequences, nch // cps + sequences
+            n_chunks, n_segs = T // cfg.bt + sequences, nch // cps + sequences
         else:
             nseg = ceil_div(nch, cps)
-            self.n_chunks, self.n_segs = rows * nch, rows * nseg
-        self.table = Table(sequences, self.n_chunks, self.n_segs, cps, cfg.bt) if varlen else None
+            n_chunks, n_segs = rows * nch, rows * nseg
+        self.table = Table(sequences, n_chunks, n_segs, cps, cfg.bt) if varlen else None
         self.several = nseg > 1
         ct, prec = compute_types(x.dtype)
         vp = cfg.np * cfg.bp
         self.state_dtype = torch.bfloat16 if ct.name == 'bf16' else torch.float32
-        self.state_shape = (kinds * H * self.n_chunks, vp, cfg.bn)
-        self.prefix_shape = (kinds * H * self.n_chunks, cfg.bn)
-        self.seg_shape = (kinds * H * self.n_segs, vp, cfg.bn)
+        self.state_shape = (kinds * H * n_chunks, vp, cfg.bn)
+        self.prefix_shape = (kinds * H * n_chunks, cfg.bn)
+        self.seg_shape = (kinds * H * n_segs, vp, cfg.bn)
+        self.final_shape = (sequences, H, P, N)
+        self.parts_shape = (2, H, n_chunks)
 
         unit = alignment(*(t for t in (x, B, C, dy) if t is not None))
-        self.ints = []
+        sizes = []
         for t, u in ((x, unit), (dt, 1), (B, unit), (C, unit), (x if dy is None else dy, unit)):
-            self.ints += [s // u for s in t.stride()[:3]]
-        self.ints += [T, nch, cps, nseg, self.n_chunks, self.n_segs]
-        wide = x.dtype == torch.float32
+            sizes += [s // u for s in t.stride()[:3]]
+        sizes += [T, nch, cps, nseg, n_chunks, n_segs]
         consts = {'H': H, 'P': P, 'N': N, 'BT': cfg.bt, 'BP': cfg.bp, 'BN': cfg.bn, 'NP': cfg.np,
-                  'RB': H // B.shape[2], 'RC': H // C.shape[2], 'ADJOINT': self.backward, 'HAS_D': D is not None,
+                  'RB': H // B.shape[2], 'RC': H // C.shape[2], 'ADJOINT': backward, 'HAS_D': D is not None,
                   'VARLEN': varlen, 'INIT': init is not None, 'DINIT': dinit is not None,
-                  'FINAL': 0 if not final else 2 if self.backward else 1, 'A': unit, 'CT': ct, 'PREC': prec,
-                  'WIDE': wide}  # fmt: skip
-        self.consts = consts
-        self.scan_consts = consts | {'K': N, 'V': P, 'BK': cfg.bn, 'BV': cfg.scan, 'VP': vp, 'DIRS': 1, 'GATE': 1,
-                                     'TURNED': True}  # fmt: skip
-        # What decides the compiled code: the constants, the types and the alignment of what a kernel is given.
-        types = [None if t is None else t.dtype for t in (x, dt, A, D)]
-        code = (*consts.values(), *types, x.device)
-        self.codes = {at_16: _codes.setdefault((*code, at_16), len(_codes)) for at_16 in (True, False)}
-        self.grid_states = (self.n_segs * H * kinds * cfg.np, 1, 1)
-        self.grid_scan = (sequences * H * kinds, vp // cfg.scan, 1)
-        self.grid_out = (self.n_segs * H * cfg.np, 1, 1)
-        self.grid_chunks = (self.n_chunks * H, 1, 1)
+                  'FINAL': 0 if not final else 2 if backward else 1, 'A': unit, 'CT': ct, 'PREC': prec,
+                  'WIDE': x.dtype == torch.float32}  # fmt: skip
+        scan = consts | {'K': N, 'V': P, 'BK': cfg.bn, 'BV': cfg.scan, 'VP': vp, 'DIRS': 1, 'GATE': 1, 'TURNED': True}
+        self.states = launched(ssd_kernel_states, 14, (n_segs * H * kinds * cfg.np, 1, 1), sizes, consts, cfg.states)
+        self.scan = launched(gla_kernel_scan, 6, (sequences * H * kinds, vp // cfg.scan, 1), (nseg, n_segs, H), scan,
+                             _options(1, 3))  # fmt: skip
+        if backward:
+            self.run = launched(ssd_bwd_kernel_chunk, 16, (n_chunks * H, 1, 1), sizes, consts, cfg.chunks)
+        else:
+            self.run = launched(ssd_fwd_kernel_out, 11, (n_segs * H * cfg.np, 1, 1), sizes, consts, cfg.chunks)
+        self.prepared = set()
 
+    def none(self, at_16: bool, x: torch.Tensor) -> torch.Tensor:
+        """What stands for absent fp32 tensors; once all is compiled only addresses count."""
+        return x if at_16 and self.run.compiled is not None else nothing(self.device)
 
-class _Run:
-    """One pass over one set of inputs: scratch, and the launches that both passes share."""
+    def segments(self, none: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """States and totals of segments."""
+        if not self.several:
+            return none, none
+        shapes = self.seg_shape, (self.seg_shape[0], self.cfg.bn)
+        return tuple(torch.empty(*shape, dtype=torch.float32, device=self.device) for shape in shapes)
 
-    def __init__(self, x, dt, A, B, C, D, init, cu_seqlens, final, dy=None, dinit=None):
-        x, B, C, dy = _rows(x), _rows(B), _rows(C), _rows(dy)
-        self.plan = steps = plan(Plan, (final,), x, dt, A, B, C, D, dy, init, dinit, cu_seqlens)
-        self.inputs = [x, dt, A, B, C]
-        self.D = A if D is None else D
-        self.dy = x if dy is None else dy
-        self.none = none = _nothing(x.device)
-        self.init, self.dinit = none if init is None else init, none if dinit is None else dinit
-        ends = [*self.inputs, self.D, self.dy, self.init, self.dinit]
-        self.code = steps.codes[aligned(*ends)]
-        self.seg_state = self.seg_total = none
-        if steps.several:
-            self.seg_state = torch.empty(*steps.seg_shape, dtype=torch.float32, device=x.device)
-            self.seg_total = torch.empty(steps.seg_shape[0], steps.cfg.bn, dtype=torch.float32, device=x.device)
-        self.states, self.prefix = x, none
-        if steps.backward:
-            self.states = torch.empty(*steps.state_shape, dtype=steps.state_dtype, device=x.device)
-            self.prefix = torch.empty(*steps.prefix_shape, dtype=torch.float32, device=x.device)
-        self.chunks = self.segs = self.spans = none
-        if steps.varlen:
-            self.chunks, self.segs, self.spans = steps.table(cu_seqlens)
-
-    def launch(self, name: str, kernel, grid: tuple, tensors: list, options: dict, run: bool = True) -> None:
-        """Run a kernel on its tensors and the plan's numbers, or (not `run`) only compile it."""
-        code = (name, self.code)
-        if run or code not in _compiled:
-            _launch(kernel, code, grid, [*tensors, *self.plan.ints], self.plan.consts, options, run)
-
-    def run_states(self, final: torch.Tensor) -> None:
+    def run_states(self, at_16: bool, inputs, scratch, init, dinit, final, segs, spans) -> None:
         """Fill the states, and `final` with the state (or in a backward pass its gradient) that leaves a sequence."""
-        steps = self.plan
-        # What only longer sequences run is compiled now, so that a later call with another T compiles nothing.
-        tensors = [*self.inputs, self.dy, self.states, self.prefix, self.seg_state, self.seg_total, self.init,
-                   self.dinit, final, self.segs]  # fmt: skip
-        run = steps.several or steps.backward
-        self.launch('ssd states', ssd_kernel_states, steps.grid_states, tensors, steps.cfg.states, run)
-        code = ('ssd scan', self.code)
-        if steps.several or (code not in _compiled and not interpreting()):
-            nseg, _, n_segs = steps.ints[-3:]
-            args = [self.seg_state, self.seg_total, self.init, self.dinit, final, self.spans, nseg, n_segs,
-                    steps.consts['H']]  # fmt: skip
-            _launch(gla_kernel_scan, code, steps.grid_scan, args, steps.scan_consts, {'num_warps': 1}, steps.several)
+        if self.several or self.backward:
+            self.states(at_16, *inputs, *scratch, init, dinit, final, segs)
+        if self.several:
+            self.scan(at_16, *scratch[2:], init, dinit, final, spans)
+        elif at_16 not in self.prepared:
+            # What only longer sequences run is compiled now, so that a later call with another T compiles nothing.
+            self.prepared.add(at_16)
+            if not self.backward:
+                self.states.prepare(at_16, *inputs, *scratch, init, dinit, final, segs)
+            self.scan.prepare(at_16, *scratch[2:], init, dinit, final, spans)
 
 
 def _state(state: torch.Tensor | None) -> torch.Tensor | None:
@@ -220,17 +194,20 @@ def ssd_fwd(x, dt, A, B, C, D, initial_state, output_final_state, cu_seqlens):
             ys.append(sum(y.float() for y, _ in parts).to(x.dtype))
             finals.append(torch.cat([f for _, f in parts], -1) if output_final_state else None)
         return torch.cat(ys, -1), torch.cat(finals, -2) if output_final_state else None
-    run = _Run(x, dt, A, B, C, D, _state(initial_state), cu_seqlens, output_final_state)
-    steps = run.plan
-    y = torch.empty(*x.shape, dtype=x.dtype, device=x.device)
-    final = None
-    if output_final_state:
-        shape = (steps.sequences, *x.shape[2:], B.shape[-1])
-        final = torch.empty(*shape, dtype=torch.float32, device=x.device)
-    place = run.none if final is None else final
-    run.run_states(place)
-    run.launch('ssd out', ssd_fwd_kernel_out, steps.grid_out,
-               [*run.inputs, run.D, y, run.seg_state, run.init, place, run.segs], steps.cfg.chunks)  # fmt: skip
+    init = _state(initial_state)
+    steps = plan(Plan, (output_final_state,), x, dt, A, B, C, D, None, init, None, cu_seqlens)
+    if not steps.in_place:
+        x, B, C = _rows(x), _rows(B), _rows(C)
+        steps = plan(Plan, (output_final_state,), x, dt, A, B, C, D, None, init, None, cu_seqlens)
+    at_16 = aligned(x, dt, A, B, C, D, init)
+    none = steps.none(at_16, x)
+    seg_state, seg_total = steps.segments(none)
+    _, segs, spans = (none, none, none) if steps.table is None else steps.table(cu_seqlens)
+    y = torch.empty(*x.shape, dtype=x.dtype, device=steps.device)
+    final = torch.empty(*steps.final_shape, dtype=torch.float32, device=steps.device) if output_final_state else None
+    place, init = none if final is None else final, none if init is None else init
+    steps.run_states(at_16, (x, dt, A, B, C, x), (x, none, seg_state, seg_total), init, none, place, segs, spans)
+    steps.run(at_16, x, dt, A, B, C, A if D is None else D, y, seg_state, init, place, segs)
     return y, final
 
 
@@ -240,17 +217,23 @@ def ssd_bwd(x, dt, A, B, C, D, initial_state, dy, dfinal, cu_seqlens):
     if max(x.shape[-1], B.shape[-1]) > BLOCK:
         return _cut_bwd(x, dt, A, B, C, D, initial_state, dy, dfinal, cu_seqlens)
     init, dinit = _state(initial_state), _state(dfinal)
-    run = _Run(x, dt, A, B, C, D, init, cu_seqlens, init is not None, dy, dinit)
-    steps = run.plan
-    new = lambda shape, dtype: torch.empty(*shape, dtype=dtype, device=x.device)  # noqa: E731
+    x, B, C, dy = _rows(x), _rows(B), _rows(C), _rows(dy)
+    steps = plan(Plan, (init is not None,), x, dt, A, B, C, D, dy, init, dinit, cu_seqlens)
+    at_16 = aligned(x, dt, A, B, C, D, dy, init, dinit)
+    new = lambda shape, dtype=torch.float32: torch.empty(*shape, dtype=dtype, device=steps.device)  # noqa: E731
     dx, ddt = new(x.shape, x.dtype), new(dt.shape, dt.dtype)
     dB, dC = (new((*x.shape[:3], t.shape[-1]), t.dtype) for t in (B, C))
-    parts = new((2, steps.H, steps.n_chunks), torch.float32)
-    dinitial = None if init is None else new(init.shape, torch.float32)
-    run.run_states(run.none if dinitial is None else dinitial)
-    run.launch('ssd gradients', ssd_bwd_kernel_chunk, steps.grid_chunks,
-               [*run.inputs, run.D, run.dy, dx, ddt, dB, dC, parts, run.states, run.prefix, run.seg_state, run.chunks],
-               steps.cfg.chunks)  # fmt: skip
+    none = steps.none(at_16, x)
+    states, prefix = new(steps.state_shape, steps.state_dtype), new(steps.prefix_shape)
+    seg_state, seg_total = steps.segments(none)
+    chunks, segs, spans = (none, none, none) if steps.table is None else steps.table(cu_seqlens)
+    parts, dinitial = new(steps.parts_shape), None if init is None else new(init.shape)
+    steps.run_states(at_16, (x, dt, A, B, C, dy), (states, prefix, seg_state, seg_total),
+                     none if init is None else init, none if dinit is None else dinit,
+                     none if dinitial is None else dinitial, segs, spans)  # fmt: skip
+    steps.run(
+        at_16, x, dt, A, B, C, A if D is None else D, dy, dx, ddt, dB, dC, parts, states, prefix, seg_state, chunks
+    )
     dA = parts[0].sum(-1).to(A.dtype)
     dD = None if D is None else parts[1].sum(-1).to(D.dtype)
     return dx, ddt, dA, _sum_heads(dB, B), _sum_heads(dC, C), dD, dinitial

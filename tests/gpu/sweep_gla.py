@@ -36,7 +36,7 @@ def use(variant):
 
     gla.config = config
     _common._plans.clear()
-    gla._compiled.clear()
+    _common._launched.clear()
 
 
 def inputs(shape, sets):
