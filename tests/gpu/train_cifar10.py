@@ -93,7 +93,8 @@ def start(label: str, gpu: int, folder: Path, args: argparse.Namespace) -> subpr
     command += [f'--data.num_workers={args.workers}', f'--trainer.max_epochs={args.epochs}', *run.overrides]
     command += [f'--run.root={folder}', f'--run.name={name}', '--run.test_after_fit=false', '--run.threads=1']
     command += ['--trainer.enable_checkpointing=false', '--trainer.enable_progress_bar=false', *args.option]
-    env = {**os.environ, 'CUDA_VISIBLE_DEVICES': str(gpu), 'OMP_NUM_THREADS': '1'}
+    seen = os.environ.get('CUDA_VISIBLE_DEVICES')  # of the devices that this process sees, the one with number `gpu`
+    env = {**os.environ, 'CUDA_VISIBLE_DEVICES': seen.split(',')[gpu] if seen else str(gpu), 'OMP_NUM_THREADS': '1'}
     with open(folder / f'{name}.log', 'w') as log:
         return subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT)
 
