@@ -10,7 +10,17 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from zoo.kernels._triton._common import ceil_div, launch, next_power, programs, token_rows
+from zoo.kernels._triton._common import (
+    Launch,
+    aligned,
+    ceil_div,
+    launch,
+    next_power,
+    on_device_of_first,
+    plan,
+    programs,
+    token_rows,
+)
 
 _BLOCK = 128  # channels
 _TILE = 2048  # elements of a forward tile; the backward, with more of them alive, takes half
@@ -108,15 +118,23 @@ def _sizes(x: Tensor, weight: Tensor, activation: str | None, tile: int) -> tupl
     return x.shape[0] * T, T, ceil_div(C, BC), consts
 
 
+class _Plan:
+    def __init__(self, activation: str | None, x, weight, bias, init):
+        N, T, blocks, consts = _sizes(x, weight, activation, _TILE)
+        rows, SX = token_rows(x)
+        self.in_place = rows is x and weight.is_contiguous() and (init is None or init.is_contiguous())
+        grid = ceil_div(N, consts['BN']), blocks, 1
+        self.run = Launch(causal_conv_fwd_kernel, grid, (N, T), {'SX': SX} | consts)
+
+
+@on_device_of_first
 def causal_conv_fwd(x, weight, bias, init, activation):
     """y (B, T, C) in x's dtype; init (B, C, W) or None."""
-    N, T, blocks, consts = _sizes(x, weight, activation, _TILE)
-    y = torch.empty(*x.shape, dtype=x.dtype, device=x.device)
-    x, SX = token_rows(x)
-    weight = weight.contiguous()
-    init = None if init is None else init.contiguous()
-    grid = (ceil_div(N, consts['BN']), blocks, 1)
-    launch(causal_conv_fwd_kernel, grid, (x, weight, bias, init, y), (N, T), {'SX': SX} | consts)
+    steps = plan(_Plan, (activation,), x, weight, bias, init)
+    y = x.new_empty(*x.shape)
+    if not steps.in_place:
+        x, weight, init = token_rows(x)[0], weight.contiguous(), None if init is None else init.contiguous()
+    steps.run(aligned(x, weight, bias, init), x, weight, bias, init, y)
     return y
 
 

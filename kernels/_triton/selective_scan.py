@@ -95,6 +95,7 @@ class _SequencePlan:
     """
 
     def __init__(self, delta_softplus: bool, reverse: bool, u, delta, A, B, C, D, bias, dy=None):
+        self.in_place = _contiguous(A, torch.float32) is A and _contiguous(D) is D and _contiguous(bias) is bias
         du, ddelta = (torch.empty_like(x, device='meta') for x in (u, delta))  # in a forward pass y lies like du
         tiles = (u, delta, du) if dy is None else (u, delta, dy, du, ddelta)
         (batch, width, length), groups, states = u.shape, B.shape[1], A.shape[1]
@@ -125,8 +126,9 @@ class _SequencePlan:
 @on_device_of_first
 def selective_scan_fwd(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse):
     """Outputs (B, G D, T), laid out like u; arguments as `zoo.kernels.selective_scan.selective_scan`."""
-    A, D, delta_bias = _contiguous(A, torch.float32), _contiguous(D), _contiguous(delta_bias)
     steps = plan(_SequencePlan, (delta_softplus, reverse), u, delta, A, B, C, D, delta_bias)
+    if not steps.in_place:
+        A, D, delta_bias = _contiguous(A, torch.float32), _contiguous(D), _contiguous(delta_bias)
     y = torch.empty_like(u)
     steps.run(aligned(u, delta, A, B, C, D, delta_bias), u, delta, A, B, C, D, delta_bias, y)
     return y
@@ -154,10 +156,11 @@ def _total(parts: Tensor, like: Tensor | None) -> Tensor | None:
 
 
 class _MapPlan:
-    """The launch of one pass over maps, and the shapes of its scratch; arguments as of the passes, all contiguous."""
+    """The launch of one pass over maps, and the shapes of its scratch; arguments as of the passes."""
 
     def __init__(self, directions: int, x, p, dt_weight, dt_bias, A, D, dy=None):
         (batch, height, width, channels), rank, states = x.shape, dt_weight.shape[2], A.shape[1]
+        self.in_place = A.dtype == torch.float32 and all(t.is_contiguous() for t in (x, p, dt_weight, dt_bias, A, D))
         block, length = _block(channels), height * width
         blocks, tiles = ceil_div(channels, block), ceil_div(length, TILE)
         compute, precision = _products(x.dtype)
@@ -189,9 +192,11 @@ def selective_scan_2d_fwd(x, p, dt_weight, dt_bias, A, D, directions):
         D: skip gains (K D,).
         directions: K.
     """
-    x, p, w, bias, D = (_contiguous(t) for t in (x, p, dt_weight, dt_bias, D))
-    inputs = x, p, w, bias, _contiguous(A, torch.float32), D
+    inputs = x, p, dt_weight, dt_bias, A, D
     steps = plan(_MapPlan, (directions,), *inputs)
+    if not steps.in_place:
+        inputs = *(_contiguous(t) for t in inputs[:4]), _contiguous(A, torch.float32), _contiguous(D)
+        x = inputs[0]
     y = torch.empty_like(x)
     steps.run(aligned(*inputs), *inputs, y)
     return y
