@@ -27,7 +27,7 @@ class Compiled:
 
 @pytest.fixture
 def compiled(monkeypatch):
-    monkeypatch.setattr(torch.cuda, 'current_device', lambda: 0)
+    monkeypatch.setattr(torch._C, '_cuda_getDevice', lambda: 0, raising=False)
     monkeypatch.setattr(torch._C, '_cuda_getCurrentRawStream', lambda index: 'stream', raising=False)
     return Compiled()
 

@@ -152,11 +152,14 @@ def token_rows(x: torch.Tensor, dims: int = 1) -> tuple[torch.Tensor, int]:
 
 
 def on_device_of_first(function):
-    """Triton launches on the current device, which need not be that of the first argument."""
+    """Triton launches on the current device, which need not be that of the first argument.
+
+    `torch.cuda.current_device` would first see to it that CUDA is up, as it is where there are tensors.
+    """
 
     @functools.wraps(function)
     def wrapped(q, *args, **kwargs):
-        if not q.is_cuda or q.device.index == torch.cuda.current_device():
+        if not q.is_cuda or q.get_device() == torch._C._cuda_getDevice():
             return function(q, *args, **kwargs)
         with torch.cuda.device(q.device):
             return function(q, *args, **kwargs)
@@ -176,7 +179,7 @@ def start(compiled, grid: tuple, tensors: tuple, rest: tuple) -> None:
     if getattr(enter, 'calls', enter) or getattr(leave, 'calls', leave):
         compiled[grid](*tensors, *rest)
         return
-    stream = torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())
+    stream = torch._C._cuda_getCurrentRawStream(torch._C._cuda_getDevice())
     places = [x if x is None or x.__class__ is int else x.data_ptr() for x in tensors]
     compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *places, *rest)
 
@@ -309,7 +312,7 @@ def launch(
         registers: as for `Launch`.
     """
     device = tensors[0].device
-    if device.type == 'cuda' and device.index != torch.cuda.current_device():
+    if device.type == 'cuda' and device.index != torch._C._cuda_getDevice():
         with torch.cuda.device(device):
             return launch(kernel, grid, tensors, sizes, consts, warps, stages, registers)
     Launch(kernel, grid, sizes, consts, warps, stages, registers)(aligned(*tensors), *tensors)

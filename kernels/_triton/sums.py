@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from zoo.kernels._triton._common import Launch, ceil_div
+from zoo.kernels._triton._common import Launch, ceil_div, next_power
 
-_ROWS, _COLUMNS = 64, 32  # of a step
+_TILE = 2048  # numbers of a step
 SIZES = [f'{name}_{i}' for i in range(3) for name in ('rows', 'cols')] + ['blocks_0', 'blocks_1']
 
 
@@ -53,9 +53,12 @@ class Sums:
         shapes = (*shapes, *[(0, 0)] * (3 - len(shapes)))
         self.sizes = [rows * cols for rows, cols in shapes]
         self.total = sum(self.sizes)
-        blocks = [ceil_div(cols, _COLUMNS) if want else 0 for (_, cols), want in zip(shapes, wanted)]
+        most = max(shapes, key=lambda shape: shape[0] * shape[1])[0]
+        br = min(64, next_power(most))  # as few programs as the largest matrix allows, as few steps for the others
+        bc = _TILE // br
+        blocks = [ceil_div(cols, bc) if want else 0 for (_, cols), want in zip(shapes, wanted)]
         sizes = *(n for shape in shapes for n in shape), *blocks[:2]
-        self.run = Launch(sums_kernel, (sum(blocks), 1, 1), sizes, {'BR': _ROWS, 'BC': _COLUMNS})
+        self.run = Launch(sums_kernel, (sum(blocks), 1, 1), sizes, {'BR': br, 'BC': bc})
 
     def __call__(self, shares: torch.Tensor, *outs: torch.Tensor | None) -> None:
         """Sums of `shares`, `total` fresh numbers, to contiguous fresh tensors of any dtypes, None where not wanted."""
