@@ -20,6 +20,7 @@ from zoo.kernels._triton._common import (
     next_power,
     on_device_of_first,
     plan,
+    types,
 )
 from zoo.kernels._triton.gla import Table, _options, _rows, launched, nothing
 from zoo.kernels._triton.gla_states import gla_kernel_scan
@@ -158,7 +159,9 @@ class Plan:
 
 
 def _state(state: torch.Tensor | None) -> torch.Tensor | None:
-    return None if state is None else state.float().contiguous()
+    if state is None or (state.dtype == torch.float32 and state.is_contiguous()):
+        return state
+    return state.float().contiguous()
 
 
 def _cuts(size: int) -> list[slice]:
@@ -267,12 +270,12 @@ def _sum_heads(grad: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 class _StepPlan:
     """The launch of one token's step."""
 
-    def __init__(self, x, dt, A, B, C, D, state):
+    def __init__(self, _, gains, __, x, dt, B, C):
         (batch, H, P), N = x.shape, B.shape[-1]
         bn = next_power(N, 1)
         bp = min(next_power(P, 1), max(1, 2048 // bn))
         consts = {'H': H, 'P': P, 'N': N, 'BP': bp, 'BN': bn, 'NP': ceil_div(P, bp), 'RB': H // B.shape[1],
-                  'RC': H // C.shape[1], 'HAS_D': D is not None}  # fmt: skip
+                  'RC': H // C.shape[1], 'HAS_D': gains is not None}  # fmt: skip
         sizes = [s for t in (x, dt, B, C) for s in t.stride()[:2]]
         self.run = Launch(ssd_kernel_step, (batch * H * consts['NP'], 1, 1), sizes, consts)
 
@@ -280,8 +283,8 @@ class _StepPlan:
 @on_device_of_first
 def _step(x, dt, A, B, C, state, D, out):
     x, B, C = _rows(x), _rows(B), _rows(C)
-    steps = plan(_StepPlan, (), x, dt, A, B, C, D, state)
-    y = torch.empty(*x.shape, dtype=x.dtype, device=x.device)
+    steps = plan(_StepPlan, types(A, D, state), x, dt, B, C)
+    y = x.new_empty(*x.shape)
     steps.run(aligned(x, dt, A, B, C, D, state, out), x, dt, A, B, C, A if D is None else D, y, state, out)
     return y, out
 
