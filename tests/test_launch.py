@@ -86,10 +86,11 @@ def test_launches_share_code_unless_types_or_constants_differ(compiled, looked_u
     make(5)(True, x, None)
     make(6)(True, x, None)
     assert len(kernel.seen) == 1 and compiled.calls[-1][1][-4:] == (x.data_ptr(), None, 6, 8)
-    for launch, tensors in ((make(5, 16), (x, None)), (make(5, warps=2), (x, None)), (make(5), (x.half(), None)),
-                            (make(5), (x, x)), (make(5), (x, x.half()))):  # fmt: skip
-        launch(True, *tensors)
-    assert len(kernel.seen) == 6 and len(compiled.calls) == 1
+    others = [((5, 16), (x, None)), ((5, 8, 2), (x, None)), ((1 << 40,), (x, None)), ((5,), (x.half(), None)),
+              ((5,), (x, x)), ((5,), (x, x.half()))]  # fmt: skip
+    for options, tensors in others:
+        make(*options)(True, *tensors)
+    assert len(kernel.seen) == 7 and len(compiled.calls) == 1
 
 
 def test_preparing_compiles_once_and_launches_nothing(compiled, looked_up):

@@ -249,9 +249,9 @@ class Launch:
 
     def _code(self, tensors: tuple) -> tuple:
         """What decides the compiled code, where all tensors are aligned."""
-        types = (None if x is None else x.dtype for x in tensors)
+        long = tuple(n > 0x7FFFFFFF for n in self.sizes)
         options = tuple(self.options.values())
-        return self.kernel.fn, tensors[0].device, options, *self.consts.values(), *types
+        return self.kernel.fn, tensors[0].device, options, long, *self.consts.values(), *types(*tensors)
 
 
 def aligned(*tensors: torch.Tensor | None) -> bool:
@@ -287,35 +287,6 @@ def plan(kind: type, options: tuple, *tensors: torch.Tensor | None):
             _plans.clear()
         found = _plans[key] = kind(*options, *tensors)
     return found
-
-
-def launch(
-    kernel,
-    grid: tuple,
-    tensors: tuple,
-    sizes: tuple,
-    consts: dict,
-    warps: int = 4,
-    stages: int = 2,
-    registers: int | None = None,
-) -> None:
-    """Launch a kernel once, where there is no plan to keep a `Launch`.
-
-    Args:
-        kernel: as for `Launch`, like the arguments after `tensors`.
-        grid: as for `Launch`.
-        tensors: pointers, None where absent; the kernel runs on the first one's device.
-        sizes: as for `Launch`.
-        consts: as for `Launch`.
-        warps: as for `Launch`.
-        stages: as for `Launch`.
-        registers: as for `Launch`.
-    """
-    device = tensors[0].device
-    if device.type == 'cuda' and device.index != torch._C._cuda_getDevice():
-        with torch.cuda.device(device):
-            return launch(kernel, grid, tensors, sizes, consts, warps, stages, registers)
-    Launch(kernel, grid, sizes, consts, warps, stages, registers)(aligned(*tensors), *tensors)
 
 
 @functools.cache
