@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 import triton
@@ -218,8 +219,9 @@ class Launch:
             aligned: whether all of `tensors` start at multiples of 16 bytes.
             tensors: pointers, None where absent; once it is `compiled` and they are aligned, addresses do.
         """
-        if aligned and self.compiled is not None:
-            start(self.compiled, self.grid, tensors, self.rest)
+        compiled = self.compiled
+        if aligned and compiled is not None:
+            start(compiled, self.grid, tensors, self.rest)
         elif 0 in self.grid:
             return
         elif interpreting():
@@ -228,12 +230,13 @@ class Launch:
             self.kernel[self.grid](*tensors, *self.sizes, **self.consts, **self.options)
         else:
             key = self._code(tensors)
-            self.compiled = _launched.get(key)
-            if self.compiled is not None:
-                start(self.compiled, self.grid, tensors, self.rest)
-                return
-            compiled = self.kernel[self.grid](*tensors, *self.sizes, **self.consts, **self.options)
-            self.compiled = _launched[key] = compiled
+            compiled = _launched.get(key)
+            if compiled is None:
+                compiled = self.kernel[self.grid](*tensors, *self.sizes, **self.consts, **self.options)
+                _launched[key] = compiled
+            else:
+                start(compiled, self.grid, tensors, self.rest)
+            self.compiled = compiled
 
     def prepare(self, aligned: bool, *tensors: torch.Tensor | None) -> None:
         """Compile what a call with such tensors would, and launch nothing."""
@@ -287,6 +290,38 @@ def plan(kind: type, options: tuple, *tensors: torch.Tensor | None):
             _plans.clear()
         found = _plans[key] = kind(*options, *tensors)
     return found
+
+
+class Scratch:
+    """What only the kernels of one pass see.
+
+    Args:
+        device: of the pass.
+        parts: shape and dtype of each, None where it is not needed.
+    """
+
+    def __init__(self, device: torch.device, *parts: tuple[tuple[int, ...], torch.dtype] | None):
+        self.device, self.parts, self.starts, self.bytes = device, parts, [], 0
+        for part in parts:
+            self.starts.append(None if part is None else self.bytes)
+            if part is not None:
+                self.bytes += ceil_div(math.prod(part[0]) * part[1].itemsize, 16) * 16
+
+    def __call__(self, ready: bool, none: torch.Tensor) -> tuple[object, list]:
+        """What to keep until all is launched, and the parts: addresses in one piece of memory, or tensors.
+
+        Args:
+            ready: whether only addresses count, all kernels being compiled.
+            none: stands for a part that is not needed.
+        """
+        if ready:
+            memory, first = none, 0
+            if self.bytes:
+                memory = torch.empty(self.bytes, dtype=torch.uint8, device=self.device)
+                first = memory.data_ptr()
+            return memory, [none if start is None else first + start for start in self.starts]
+        parts = [none if p is None else torch.empty(*p[0], dtype=p[1], device=self.device) for p in self.parts]
+        return parts, parts
 
 
 @functools.cache

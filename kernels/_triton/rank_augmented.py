@@ -565,7 +565,7 @@ def rank_augmented_fwd(q, k, v, lepe, gate, height: int, width: int, eps: float)
     else:
         steps.keys(at_16, k, v, parts_q, qbar, table, parts_kv, parts_key, top, weight)
         steps.merge(True, parts_kv, parts_key, top, weight, kv, key, norm)
-    y = q.new_empty(*q.shape)
+    y = torch.empty(*q.shape, dtype=q.dtype, device=q.device)
     steps.out(at_16, q, lepe, gate, y, kv, key, table)
     return y, kept
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from zoo.kernels._triton._common import (
     Launch,
+    Scratch,
     aligned,
     alignment,
     ceil_div,
@@ -106,10 +107,14 @@ class Plan:
         self.several = nseg > 1
         ct, prec = compute_types(x.dtype)
         vp = cfg.np * cfg.bp
-        self.state_dtype = torch.bfloat16 if ct.name == 'bf16' else torch.float32
-        self.state_shape = (kinds * H * n_chunks, vp, cfg.bn)
-        self.prefix_shape = (kinds * H * n_chunks, cfg.bn)
-        self.seg_shape = (kinds * H * n_segs, vp, cfg.bn)
+        states, segs, fp32 = kinds * H * n_chunks, kinds * H * n_segs, torch.float32
+        self.scratch = Scratch(
+            x.device,
+            ((states, vp, cfg.bn), torch.bfloat16 if ct.name == 'bf16' else fp32) if backward else None,
+            ((states, cfg.bn), fp32) if backward else None,
+            ((segs, vp, cfg.bn), fp32) if self.several else None,
+            ((segs, cfg.bn), fp32) if self.several else None,
+        )
         self.final_shape = (sequences, H, P, N)
         self.parts_shape = (2, H, n_chunks)
 
@@ -133,16 +138,11 @@ class Plan:
             self.run = launched(ssd_fwd_kernel_out, 11, (n_segs * H * cfg.np, 1, 1), sizes, consts, cfg.chunks)
         self.prepared = set()
 
-    def none(self, at_16: bool, x: torch.Tensor) -> torch.Tensor:
-        """What stands for absent fp32 tensors; once all is compiled only addresses count."""
-        return x if at_16 and self.run.compiled is not None else nothing(self.device)
-
-    def segments(self, none: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """States and totals of segments."""
-        if not self.several:
-            return none, none
-        shapes = self.seg_shape, (self.seg_shape[0], self.cfg.bn)
-        return tuple(torch.empty(*shape, dtype=torch.float32, device=self.device) for shape in shapes)
+    def memory(self, at_16: bool, x: torch.Tensor) -> tuple[object, list, torch.Tensor]:
+        """What to keep; states, prefixes, states and totals of segments; what stands for absent fp32 tensors."""
+        ready = at_16 and self.run.compiled is not None
+        none = x if ready else nothing(self.device)
+        return *self.scratch(ready, none), none
 
     def run_states(self, at_16: bool, inputs, scratch, init, dinit, final, segs, spans) -> None:
         """Fill the states, and `final` with the state (or in a backward pass its gradient) that leaves a sequence."""
@@ -203,14 +203,13 @@ def ssd_fwd(x, dt, A, B, C, D, initial_state, output_final_state, cu_seqlens):
         x, B, C = _rows(x), _rows(B), _rows(C)
         steps = plan(Plan, (output_final_state,), x, dt, A, B, C, D, None, init, None, cu_seqlens)
     at_16 = aligned(x, dt, A, B, C, D, init)
-    none = steps.none(at_16, x)
-    seg_state, seg_total = steps.segments(none)
+    memory, scratch, none = steps.memory(at_16, x)
     _, segs, spans = (none, none, none) if steps.table is None else steps.table(cu_seqlens)
     y = torch.empty(*x.shape, dtype=x.dtype, device=steps.device)
     final = torch.empty(*steps.final_shape, dtype=torch.float32, device=steps.device) if output_final_state else None
     place, init = none if final is None else final, none if init is None else init
-    steps.run_states(at_16, (x, dt, A, B, C, x), (x, none, seg_state, seg_total), init, none, place, segs, spans)
-    steps.run(at_16, x, dt, A, B, C, A if D is None else D, y, seg_state, init, place, segs)
+    steps.run_states(at_16, (x, dt, A, B, C, x), (x, *scratch[1:]), init, none, place, segs, spans)
+    steps.run(at_16, x, dt, A, B, C, A if D is None else D, y, scratch[2], init, place, segs)
     return y, final
 
 
@@ -226,17 +225,13 @@ def ssd_bwd(x, dt, A, B, C, D, initial_state, dy, dfinal, cu_seqlens):
     new = lambda shape, dtype=torch.float32: torch.empty(*shape, dtype=dtype, device=steps.device)  # noqa: E731
     dx, ddt = new(x.shape, x.dtype), new(dt.shape, dt.dtype)
     dB, dC = (new((*x.shape[:3], t.shape[-1]), t.dtype) for t in (B, C))
-    none = steps.none(at_16, x)
-    states, prefix = new(steps.state_shape, steps.state_dtype), new(steps.prefix_shape)
-    seg_state, seg_total = steps.segments(none)
+    memory, scratch, none = steps.memory(at_16, x)
     chunks, segs, spans = (none, none, none) if steps.table is None else steps.table(cu_seqlens)
     parts, dinitial = new(steps.parts_shape), None if init is None else new(init.shape)
-    steps.run_states(at_16, (x, dt, A, B, C, dy), (states, prefix, seg_state, seg_total),
+    steps.run_states(at_16, (x, dt, A, B, C, dy), scratch,
                      none if init is None else init, none if dinit is None else dinit,
                      none if dinitial is None else dinitial, segs, spans)  # fmt: skip
-    steps.run(
-        at_16, x, dt, A, B, C, A if D is None else D, dy, dx, ddt, dB, dC, parts, states, prefix, seg_state, chunks
-    )
+    steps.run(at_16, x, dt, A, B, C, A if D is None else D, dy, dx, ddt, dB, dC, parts, *scratch[:3], chunks)
     dA = parts[0].sum(-1).to(A.dtype)
     dD = None if D is None else parts[1].sum(-1).to(D.dtype)
     return dx, ddt, dA, _sum_heads(dB, B), _sum_heads(dC, C), dD, dinitial
