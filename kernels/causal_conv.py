@@ -145,9 +145,10 @@ def _check(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, activation: 
         raise ValueError(f'{op}: bias must be ({channels},), got {tuple(bias.shape)}')
     if activation not in ACTIVATIONS:
         raise ValueError(f'{op}: activation must be one of {ACTIVATIONS}, got {activation!r}')
+    device = x.device
     for name, t in (('x', x), ('weight', weight), ('bias', bias)):
-        if t is not None and (not t.is_floating_point() or t.device != x.device):
-            raise ValueError(f'{op}: {name} must be floating-point on {x.device}, got {t.dtype} on {t.device}')
+        if t is not None and (not t.is_floating_point() or t.device != device):
+            raise ValueError(f'{op}: {name} must be floating-point on {device}, got {t.dtype} on {t.device}')
 
 
 def _check_state(what: str, state: Tensor, x: Tensor, width: int) -> None:

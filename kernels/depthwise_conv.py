@@ -137,9 +137,9 @@ def _backward_flops(x_shape, weight_shape, bias_shape, dy_shape, residual, activ
 
 def _out_dtype(x: Tensor, residual: bool) -> torch.dtype:
     """The result's dtype: that of `F.conv2d` (half precision under autocast), promoted by the skip's."""
-    if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
+    dtype = _dispatch.autocast_dtype(x)
+    if dtype is None or x.dtype == torch.float64:
         return x.dtype
-    dtype = torch.get_autocast_dtype(x.device.type)
     return torch.promote_types(x.dtype, dtype) if residual else dtype
 
 
@@ -147,17 +147,18 @@ def _check(x, weight, bias, activation, pre_activation) -> None:
     """Refuse what no implementation accepts, naming the argument."""
     if x.ndim != 4 or not x.is_floating_point():
         raise ValueError(f'depthwise_conv2d: x must be floating-point (B, H, W, C), got {tuple(x.shape)} {x.dtype}')
-    channels = x.shape[-1]
-    if weight.ndim != 4 or weight.shape[:2] != (channels, 1) or weight.shape[2] != weight.shape[3]:
-        raise ValueError(f'depthwise_conv2d: weight must be ({channels}, 1, k, k), got {tuple(weight.shape)}')
-    if weight.shape[-1] % 2 == 0:
-        raise ValueError(f'depthwise_conv2d: weight must have an odd kernel size, got {weight.shape[-1]}')
+    channels, taps, device = x.shape[-1], weight.shape, x.device
+    size = taps[-1] if taps else 0
+    if taps != (channels, 1, size, size):
+        raise ValueError(f'depthwise_conv2d: weight must be ({channels}, 1, k, k), got {tuple(taps)}')
+    if size % 2 == 0:
+        raise ValueError(f'depthwise_conv2d: weight must have an odd kernel size, got {size}')
     if bias is not None and bias.shape != (channels,):
         raise ValueError(f'depthwise_conv2d: bias must be ({channels},), got {tuple(bias.shape)}')
     for name, tensor in (('weight', weight), ('bias', bias)):
-        if tensor is not None and (tensor.device != x.device or not tensor.is_floating_point()):
+        if tensor is not None and (tensor.device != device or not tensor.is_floating_point()):
             raise ValueError(
-                f'depthwise_conv2d: {name} must be floating-point on {x.device}, got {tensor.dtype} on {tensor.device}'
+                f'depthwise_conv2d: {name} must be floating-point on {device}, got {tensor.dtype} on {tensor.device}'
             )
     if activation not in ACTIVATIONS:
         raise ValueError(f'depthwise_conv2d: activation must be one of {list(ACTIVATIONS)}, got {activation!r}')

@@ -240,7 +240,7 @@ register_flop_formula(torch.ops.zoo.selective_scan_2d)(_scan_2d_flops(1))
 register_flop_formula(torch.ops.zoo.selective_scan_2d_backward)(_scan_2d_flops(2))
 
 
-def _require(op: str, name: str, x: Tensor | None, shape: tuple[int, ...], layout: str, like: Tensor) -> None:
+def _require(op: str, name: str, x: Tensor | None, shape: tuple[int, ...], layout: str, device) -> None:
     """Refuse an argument of another shape than `shape`, which the message calls `layout`, or on another device."""
     if x is None:
         return
@@ -248,8 +248,8 @@ def _require(op: str, name: str, x: Tensor | None, shape: tuple[int, ...], layou
         raise ValueError(f'{op}: {name} must be {layout} = {tuple(shape)}, got {tuple(x.shape)}')
     if not x.is_floating_point():
         raise ValueError(f'{op}: {name} must be a real floating tensor, got {x.dtype}')
-    if x.device != like.device:
-        raise ValueError(f'{op}: {name} is on {x.device}, the input on {like.device}')
+    if x.device != device:
+        raise ValueError(f'{op}: {name} is on {x.device}, the input on {device}')
 
 
 def selective_scan(
@@ -293,13 +293,13 @@ def selective_scan(
             f'{op}: A must be (G D, N) and B (B, G, N, T) with G a divisor of G D = {channels}, '
             f'got A {tuple(A.shape)} and B {tuple(B.shape)}'
         )
-    states, groups = A.shape[1], B.shape[1]
-    _require(op, 'delta', delta, u.shape, '(B, G D, T)', u)
-    _require(op, 'A', A, (channels, states), '(G D, N)', u)
-    _require(op, 'B', B, (batch, groups, states, length), '(B, G, N, T)', u)
-    _require(op, 'C', C, (batch, groups, states, length), '(B, G, N, T)', u)
-    _require(op, 'D', D, (channels,), '(G D,)', u)
-    _require(op, 'delta_bias', delta_bias, (channels,), '(G D,)', u)
+    states, groups, device = A.shape[1], B.shape[1], u.device
+    _require(op, 'delta', delta, u.shape, '(B, G D, T)', device)
+    _require(op, 'A', A, (channels, states), '(G D, N)', device)
+    _require(op, 'B', B, (batch, groups, states, length), '(B, G, N, T)', device)
+    _require(op, 'C', C, (batch, groups, states, length), '(B, G, N, T)', device)
+    _require(op, 'D', D, (channels,), '(G D,)', device)
+    _require(op, 'delta_bias', delta_bias, (channels,), '(G D,)', device)
     arguments = (u, delta, A, B, C, D, delta_bias, delta_softplus, reverse)
     if _dispatch.forced() == 'naive':
         return naive_selective_scan(*arguments)
@@ -348,12 +348,12 @@ def selective_scan_2d(
             f'{op}: dt_projs_weight must be (K, D, R) and A_logs (K D, N), '
             f'got {tuple(dt_projs_weight.shape)} and {tuple(A_logs.shape)}'
         )
-    channels, rank, states = x.shape[1], dt_projs_weight.shape[2], A_logs.shape[1]
-    _require(op, 'x_proj_weight', x_proj_weight, (directions, rank + 2 * states, channels), '(K, R + 2 N, D)', x)
-    _require(op, 'dt_projs_weight', dt_projs_weight, (directions, channels, rank), '(K, D, R)', x)
-    _require(op, 'dt_projs_bias', dt_projs_bias, (directions, channels), '(K, D)', x)
-    _require(op, 'A_logs', A_logs, (directions * channels, states), '(K D, N)', x)
-    _require(op, 'Ds', Ds, (directions * channels,), '(K D,)', x)
+    channels, rank, states, device = x.shape[1], dt_projs_weight.shape[2], A_logs.shape[1], x.device
+    _require(op, 'x_proj_weight', x_proj_weight, (directions, rank + 2 * states, channels), '(K, R + 2 N, D)', device)
+    _require(op, 'dt_projs_weight', dt_projs_weight, (directions, channels, rank), '(K, D, R)', device)
+    _require(op, 'dt_projs_bias', dt_projs_bias, (directions, channels), '(K, D)', device)
+    _require(op, 'A_logs', A_logs, (directions * channels, states), '(K D, N)', device)
+    _require(op, 'Ds', Ds, (directions * channels,), '(K D,)', device)
     parameters = (x_proj_weight, dt_projs_weight, dt_projs_bias, A_logs, Ds)
     if _dispatch.forced() == 'naive':
         return naive_selective_scan_2d(x, *parameters, directions=directions)

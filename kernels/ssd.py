@@ -238,14 +238,14 @@ def _check(op: str, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: T
             f'{op}: x, B and C must share one floating dtype, {_dispatch.DTYPE_NAMES}, '
             f'got {x.dtype}, {B.dtype}, {C.dtype}'
         )
-    device = x.device
-    for name, t in (('dt', dt), ('A', A), ('B', B), ('C', C), ('D', D)):
-        if t is None:
-            continue
-        if not t.is_floating_point():
+    for name, t in (('dt', dt), ('A', A), ('D', D)):
+        if t is not None and not t.is_floating_point():
             raise ValueError(f'{op}: {name} must be floating point, got {t.dtype}')
-        if t.device != device:
-            raise ValueError(f'{op}: {name} is on {t.device}, x on {device}')
+    device = x.device
+    if not device == dt.device == A.device == B.device == C.device == (device if D is None else D.device):
+        away = {name: t for name, t in (('dt', dt), ('A', A), ('B', B), ('C', C), ('D', D)) if t is not None}
+        name, t = next((name, t) for name, t in away.items() if t.device != device)
+        raise ValueError(f'{op}: {name} is on {t.device}, x on {device}')
 
 
 def ssd(
@@ -316,7 +316,8 @@ def _checked_state(what: str, state: Tensor, sequences: int, x: Tensor, B: Tenso
         raise ValueError(f'{what} must be {expected}, got {tuple(state.shape)}')
     if state.device != x.device:
         raise ValueError(f'{what} is on {state.device}, x on {x.device}')
-    return state.to(_state_dtype(x))
+    dtype = _state_dtype(x)
+    return state if state.dtype == dtype else state.to(dtype)
 
 
 def ssd_step(

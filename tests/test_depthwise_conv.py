@@ -119,6 +119,7 @@ def test_triton_cuts_high_maps_into_rows_of_tiles(monkeypatch):
     module = pytest.importorskip('zoo.kernels._triton.depthwise_conv')
     monkeypatch.setattr(module, 'LEAST_ROWS', 2)
     monkeypatch.setattr(module, 'PROGRAMS', 3)
+    monkeypatch.setattr(pytest.importorskip('zoo.kernels._triton._common'), '_plans', {})
     inputs = make_inputs((1, 7, 2, 16), 5, torch.float32, DEVICE)
     assert module.cut(inputs[0], module.BACKWARD[5], 1).count > 1
     got = triton_results(inputs, OPTIONS[1], monkeypatch)

@@ -5,7 +5,10 @@ import torch
 
 pytest.importorskip('triton')
 from triton import knobs
-from zoo.kernels._triton import _common
+from zoo.kernels._triton import _common, sums
+
+import zoo
+from zoo.tools import _bench_launch
 
 GRID, ARGS = (3, 2, 1), (torch.zeros(4), 7)
 
@@ -27,7 +30,7 @@ class Compiled:
 
 @pytest.fixture
 def compiled(monkeypatch):
-    monkeypatch.setattr(torch.cuda, 'current_device', lambda: 0)
+    monkeypatch.setattr(torch._C, '_cuda_getDevice', lambda: 0, raising=False)
     monkeypatch.setattr(torch._C, '_cuda_getCurrentRawStream', lambda index: 'stream', raising=False)
     return Compiled()
 
@@ -86,10 +89,11 @@ def test_launches_share_code_unless_types_or_constants_differ(compiled, looked_u
     make(5)(True, x, None)
     make(6)(True, x, None)
     assert len(kernel.seen) == 1 and compiled.calls[-1][1][-4:] == (x.data_ptr(), None, 6, 8)
-    for launch, tensors in ((make(5, 16), (x, None)), (make(5, warps=2), (x, None)), (make(5), (x.half(), None)),
-                            (make(5), (x, x)), (make(5), (x, x.half()))):  # fmt: skip
-        launch(True, *tensors)
-    assert len(kernel.seen) == 6 and len(compiled.calls) == 1
+    others = [((5, 16), (x, None)), ((5, 8, 2), (x, None)), ((1 << 40,), (x, None)), ((5,), (x.half(), None)),
+              ((5,), (x, x)), ((5,), (x, x.half()))]  # fmt: skip
+    for options, tensors in others:
+        make(*options)(True, *tensors)
+    assert len(kernel.seen) == 7 and len(compiled.calls) == 1
 
 
 def test_preparing_compiles_once_and_launches_nothing(compiled, looked_up):
@@ -115,3 +119,62 @@ def test_plans_are_made_once_per_shapes_strides_types_and_options(monkeypatch):
     others = [((2,), x, bias, None), ((1,), x[:2], bias, None), ((1,), x, bias.half(), None), ((1,), x, bias, bias),
               ((1,), torch.zeros(6, 4).T, bias, None), ((1,), x, None, bias)]  # fmt: skip
     assert len({id(_common.plan(Plan, *call)) for call in others} | {id(first)}) == len(made) == 7
+
+
+class Recorded(Compiled):
+    """A compiled kernel that notes its name, its grid and what it is started with."""
+
+    def __init__(self, kernel, calls):
+        self.name, self.calls = kernel.fn.__name__, calls
+
+    def run(self, x, y, z, stream, function, metadata, launch_metadata, enter, leave, *args):
+        self.calls.append((self.name, (x, y, z), args))
+
+
+@pytest.fixture
+def recorded(compiled, looked_up, monkeypatch):
+    """What Triton is asked for and what is started past it; nothing runs."""
+    first, again = [], []
+
+    def launch(kernel, grid):
+        def run(*args, **named):
+            constants = [value for name, value in named.items() if name.isupper() or name in kernel.arg_names]
+            first.append((kernel.fn.__name__, tuple(grid), (*args, *constants)))
+            return Recorded(kernel, again)
+
+        return run
+
+    kind = type(sums.sums_kernel)
+    monkeypatch.setattr(kind, '__getitem__', launch)
+    monkeypatch.setattr(kind, 'warmup', lambda kernel, *args, **named: Recorded(kernel, again))
+    monkeypatch.setattr(_common, '_plans', {})
+    _common.compute_types.cache_clear()
+    yield first, again
+    _common.compute_types.cache_clear()
+
+
+ROWS = [row for row in _bench_launch.rows() if row.name not in (_bench_launch.YARDSTICK, 'gated_delta_rule')]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='kernels run on CPU tensors only where they are interpreted')
+@pytest.mark.parametrize('row', ROWS, ids=lambda row: row.name)
+def test_what_is_started_later_is_what_was_launched_first(row, recorded):
+    """Grids, numbers, constants and which tensors are absent; addresses are multiples of 16, as the code has it."""
+    first, again = recorded
+    for step in _bench_launch._steps(row, 'cpu', torch.bfloat16).values():
+        with zoo.kernel_backend('triton'), torch.autograd.set_multithreading_enabled(False):
+            step()
+            start = len(first), len(again)
+            step()
+            step()
+        assert len(first) == start[0] and (len(again) - start[1]) % 2 == 0
+        launched = again[: start[1]] + first
+        for name, grid, args in again[start[1] :]:
+            same = [call[2] for call in launched if call[:2] == (name, grid) and alike(call[2], args)]
+            assert same, (name, grid, args)
+
+
+def alike(first: tuple, later: tuple) -> bool:
+    """Whether arguments are equal, an aligned address standing for a tensor."""
+    pairs = zip(first, later, strict=True)
+    return all(b % 16 == 0 if isinstance(a, torch.Tensor) else a == b for a, b in pairs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 import triton
@@ -152,11 +153,14 @@ def token_rows(x: torch.Tensor, dims: int = 1) -> tuple[torch.Tensor, int]:
 
 
 def on_device_of_first(function):
-    """Triton launches on the current device, which need not be that of the first argument."""
+    """Triton launches on the current device, which need not be that of the first argument.
+
+    `torch.cuda.current_device` would first see to it that CUDA is up, as it is where there are tensors.
+    """
 
     @functools.wraps(function)
     def wrapped(q, *args, **kwargs):
-        if not q.is_cuda or q.device.index == torch.cuda.current_device():
+        if not q.is_cuda or q.get_device() == torch._C._cuda_getDevice():
             return function(q, *args, **kwargs)
         with torch.cuda.device(q.device):
             return function(q, *args, **kwargs)
@@ -176,7 +180,7 @@ def start(compiled, grid: tuple, tensors: tuple, rest: tuple) -> None:
     if getattr(enter, 'calls', enter) or getattr(leave, 'calls', leave):
         compiled[grid](*tensors, *rest)
         return
-    stream = torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())
+    stream = torch._C._cuda_getCurrentRawStream(torch._C._cuda_getDevice())
     places = [x if x is None or x.__class__ is int else x.data_ptr() for x in tensors]
     compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *places, *rest)
 
@@ -215,8 +219,9 @@ class Launch:
             aligned: whether all of `tensors` start at multiples of 16 bytes.
             tensors: pointers, None where absent; once it is `compiled` and they are aligned, addresses do.
         """
-        if aligned and self.compiled is not None:
-            start(self.compiled, self.grid, tensors, self.rest)
+        compiled = self.compiled
+        if aligned and compiled is not None:
+            start(compiled, self.grid, tensors, self.rest)
         elif 0 in self.grid:
             return
         elif interpreting():
@@ -225,12 +230,13 @@ class Launch:
             self.kernel[self.grid](*tensors, *self.sizes, **self.consts, **self.options)
         else:
             key = self._code(tensors)
-            self.compiled = _launched.get(key)
-            if self.compiled is not None:
-                start(self.compiled, self.grid, tensors, self.rest)
-                return
-            compiled = self.kernel[self.grid](*tensors, *self.sizes, **self.consts, **self.options)
-            self.compiled = _launched[key] = compiled
+            compiled = _launched.get(key)
+            if compiled is None:
+                compiled = self.kernel[self.grid](*tensors, *self.sizes, **self.consts, **self.options)
+                _launched[key] = compiled
+            else:
+                start(compiled, self.grid, tensors, self.rest)
+            self.compiled = compiled
 
     def prepare(self, aligned: bool, *tensors: torch.Tensor | None) -> None:
         """Compile what a call with such tensors would, and launch nothing."""
@@ -246,9 +252,9 @@ class Launch:
 
     def _code(self, tensors: tuple) -> tuple:
         """What decides the compiled code, where all tensors are aligned."""
-        types = (None if x is None else x.dtype for x in tensors)
+        long = tuple(n > 0x7FFFFFFF for n in self.sizes)
         options = tuple(self.options.values())
-        return self.kernel.fn, tensors[0].device, options, *self.consts.values(), *types
+        return self.kernel.fn, tensors[0].device, options, long, *self.consts.values(), *types(*tensors)
 
 
 def aligned(*tensors: torch.Tensor | None) -> bool:
@@ -286,33 +292,36 @@ def plan(kind: type, options: tuple, *tensors: torch.Tensor | None):
     return found
 
 
-def launch(
-    kernel,
-    grid: tuple,
-    tensors: tuple,
-    sizes: tuple,
-    consts: dict,
-    warps: int = 4,
-    stages: int = 2,
-    registers: int | None = None,
-) -> None:
-    """Launch a kernel once, where there is no plan to keep a `Launch`.
+class Scratch:
+    """What only the kernels of one pass see.
 
     Args:
-        kernel: as for `Launch`, like the arguments after `tensors`.
-        grid: as for `Launch`.
-        tensors: pointers, None where absent; the kernel runs on the first one's device.
-        sizes: as for `Launch`.
-        consts: as for `Launch`.
-        warps: as for `Launch`.
-        stages: as for `Launch`.
-        registers: as for `Launch`.
+        device: of the pass.
+        parts: shape and dtype of each, None where it is not needed.
     """
-    device = tensors[0].device
-    if device.type == 'cuda' and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            return launch(kernel, grid, tensors, sizes, consts, warps, stages, registers)
-    Launch(kernel, grid, sizes, consts, warps, stages, registers)(aligned(*tensors), *tensors)
+
+    def __init__(self, device: torch.device, *parts: tuple[tuple[int, ...], torch.dtype] | None):
+        self.device, self.parts, self.starts, self.bytes = device, parts, [], 0
+        for part in parts:
+            self.starts.append(None if part is None else self.bytes)
+            if part is not None:
+                self.bytes += ceil_div(math.prod(part[0]) * part[1].itemsize, 16) * 16
+
+    def __call__(self, ready: bool, none: torch.Tensor) -> tuple[object, list]:
+        """What to keep until all is launched, and the parts: addresses in one piece of memory, or tensors.
+
+        Args:
+            ready: whether only addresses count, all kernels being compiled.
+            none: stands for a part that is not needed.
+        """
+        if ready:
+            memory, first = none, 0
+            if self.bytes:
+                memory = torch.empty(self.bytes, dtype=torch.uint8, device=self.device)
+                first = memory.data_ptr()
+            return memory, [none if start is None else first + start for start in self.starts]
+        parts = [none if p is None else torch.empty(*p[0], dtype=p[1], device=self.device) for p in self.parts]
+        return parts, parts
 
 
 @functools.cache

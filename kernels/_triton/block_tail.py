@@ -14,14 +14,18 @@ import torch
 import triton
 import triton.language as tl
 from zoo.kernels._triton._common import (
+    Launch,
+    aligned,
     ceil_div,
     compute_types,
     interpreting,
-    launch,
     load_tile,
     next_power,
+    on_device_of_first,
+    plan,
     store_tile,
     token_rows,
+    types,
 )
 from zoo.kernels._triton.mix import mixture
 
@@ -160,23 +164,36 @@ def block_tail_kernel(
             store_tile(y, y2, rows, c2, C, ok, C, B1 + B2)
 
 
+class _Plan:
+    """The launch; weights and biases count by their types alone."""
+
+    def __init__(self, eps_mix, silu, eps, eps_next, center, _, stream, o, local, gate, w_down):
+        (H, V), (C, M) = o.shape[-2:], w_down.shape
+        N = stream.numel() // C
+        rows = [token_rows(x, dims) for x, dims in ((stream, 1), (o, 2), (local, 2), (gate, 2))]
+        self.in_place = all(row is x for (row, _), x in zip(rows, (stream, o, local, gate)))
+        cfg = config(o.dtype, C)
+        B1, B2 = pieces(C)
+        ct, prec = compute_types(o.dtype)
+        distances = dict(zip(('SS', 'SO', 'SL', 'SG'), (distance for _, distance in rows)))
+        consts = distances | {'H': H, 'V': V, 'C': C, 'B1': B1, 'B2': B2, 'M': M, 'BH': cfg.bh, 'BT': cfg.bt,
+                              'STAGES': cfg.stages, 'SILU': silu, 'CENTER': center, 'CT': ct, 'PREC': prec}  # fmt: skip
+        grid, sizes = (ceil_div(N, cfg.bt), 1, 1), (N, eps_mix, eps, eps_next)
+        self.run = Launch(block_tail_kernel, grid, sizes, consts, cfg.warps, cfg.stages)
+
+
+@on_device_of_first
 def block_tail(stream, o, local, gate, gate_bias, w_global, w_local, eps_mix, silu, w_out, w_norm, b_norm, eps, w_up,
                w_down, w_next, b_next, eps_next, center):  # fmt: skip
     """The new stream and its norm by `w_next` (None without one); weights of products in o's dtype."""
-    H, V = o.shape[-2:]
-    C, M = w_down.shape
-    N = stream.numel() // C
-    new = torch.empty(*stream.shape, dtype=stream.dtype, device=o.device)
-    y = None if w_next is None else torch.empty(*stream.shape, dtype=o.dtype, device=o.device)
-    (stream, SS), (o, SO), (local, SL), (gate, SG) = token_rows(stream), *(token_rows(x, 2) for x in (o, local, gate))
-    cfg = config(o.dtype, C)
-    B1, B2 = pieces(C)
-    ct, prec = compute_types(o.dtype)
-    consts = {'SS': SS, 'SO': SO, 'SL': SL, 'SG': SG, 'H': H, 'V': V, 'C': C, 'B1': B1, 'B2': B2, 'M': M,
-              'BH': cfg.bh, 'BT': cfg.bt, 'STAGES': cfg.stages, 'SILU': silu, 'CENTER': center, 'CT': ct,
-              'PREC': prec}  # fmt: skip
-    tensors = (stream, o, local, gate, gate_bias, w_global, w_local, w_out, w_norm, b_norm, w_up, w_down, w_next,
-               b_next, new, y)  # fmt: skip
-    launch(block_tail_kernel, (ceil_div(N, cfg.bt), 1, 1), tensors, (N, eps_mix, eps, eps_next), consts, cfg.warps,
-           cfg.stages)  # fmt: skip
+    options = eps_mix, silu, eps, eps_next, center, types(gate_bias, w_global, w_local, w_norm, b_norm, w_next, b_next)
+    steps = plan(_Plan, options, stream, o, local, gate, w_down)
+    shape = stream.shape
+    new = stream.new_empty(*shape)
+    y = None if w_next is None else o.new_empty(*shape)
+    if not steps.in_place:
+        stream, o, local, gate = token_rows(stream)[0], *(token_rows(x, 2)[0] for x in (o, local, gate))
+    inputs = (stream, o, local, gate, gate_bias, w_global, w_local, w_out, w_norm, b_norm, w_up, w_down, w_next,
+              b_next)  # fmt: skip
+    steps.run(aligned(*inputs), *inputs, new, y)
     return new, y

@@ -10,7 +10,16 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from zoo.kernels._triton._common import ceil_div, launch, next_power, programs, token_rows
+from zoo.kernels._triton._common import (
+    Launch,
+    aligned,
+    ceil_div,
+    next_power,
+    on_device_of_first,
+    plan,
+    programs,
+    token_rows,
+)
 
 _BLOCK = 128  # channels
 _TILE = 2048  # elements of a forward tile; the backward, with more of them alive, takes half
@@ -108,32 +117,46 @@ def _sizes(x: Tensor, weight: Tensor, activation: str | None, tile: int) -> tupl
     return x.shape[0] * T, T, ceil_div(C, BC), consts
 
 
+class _Plan:
+    def __init__(self, activation: str | None, x, weight, bias, init):
+        N, T, blocks, consts = _sizes(x, weight, activation, _TILE)
+        rows, SX = token_rows(x)
+        self.in_place = rows is x and weight.is_contiguous() and (init is None or init.is_contiguous())
+        grid = ceil_div(N, consts['BN']), blocks, 1
+        self.run = Launch(causal_conv_fwd_kernel, grid, (N, T), {'SX': SX} | consts)
+
+
+@on_device_of_first
 def causal_conv_fwd(x, weight, bias, init, activation):
     """y (B, T, C) in x's dtype; init (B, C, W) or None."""
-    N, T, blocks, consts = _sizes(x, weight, activation, _TILE)
-    y = torch.empty(*x.shape, dtype=x.dtype, device=x.device)
-    x, SX = token_rows(x)
-    weight = weight.contiguous()
-    init = None if init is None else init.contiguous()
-    grid = (ceil_div(N, consts['BN']), blocks, 1)
-    launch(causal_conv_fwd_kernel, grid, (x, weight, bias, init, y), (N, T), {'SX': SX} | consts)
+    steps = plan(_Plan, (activation,), x, weight, bias, init)
+    y = x.new_empty(*x.shape)
+    if not steps.in_place:
+        x, weight, init = token_rows(x)[0], weight.contiguous(), None if init is None else init.contiguous()
+    steps.run(aligned(x, weight, bias, init), x, weight, bias, init, y)
     return y
 
 
+class _BackwardPlan:
+    def __init__(self, activation: str | None, _, x, weight, bias, init):
+        N, T, blocks, consts = _sizes(x, weight, activation, _TILE // 2)
+        W, C, BN = consts['W'], consts['C'], consts['BN']
+        count = max(1, min(ceil_div(4 * programs(x.device), blocks), ceil_div(N, BN)))
+        self.partial = count, W + 1, C
+        consts = {'SX': token_rows(x)[1], **{k: consts[k] for k in ('C', 'W', 'SILU')}, 'BW': next_power(W + 1, 2),
+                  'BN': BN, 'BC': consts['BC']}  # fmt: skip
+        self.run = Launch(causal_conv_bwd_kernel, (count, blocks, 1), (N, T, count * BN), consts)
+
+
+@on_device_of_first
 def causal_conv_bwd(x, weight, bias, init, dy, activation):
     """Gradients of x, weight, bias (or None) and init (or None)."""
-    N, T, blocks, consts = _sizes(x, weight, activation, _TILE // 2)
-    W, C, BN, device = consts['W'], consts['C'], consts['BN'], x.device
-    dx = torch.empty(*x.shape, dtype=x.dtype, device=device)
-    x, SX = token_rows(x)
-    weight, dy = weight.contiguous(), dy.contiguous()
+    steps = plan(_BackwardPlan, (activation, dy.dtype), x, weight, bias, init)
+    W, dx = weight.shape[-1], x.new_empty(*x.shape)
+    x, weight, dy = token_rows(x)[0], weight.contiguous(), dy.contiguous()
     init = None if init is None else init.contiguous()
-    count = max(1, min(ceil_div(4 * programs(device), blocks), ceil_div(N, BN)))
-    partial = torch.empty(count, W + 1, C, dtype=torch.float32, device=device)
-    consts = {'SX': SX, **{k: consts[k] for k in ('C', 'W', 'SILU')}, 'BW': next_power(W + 1, 2), 'BN': BN,
-              'BC': consts['BC']}  # fmt: skip
-    tensors = (x, weight, bias, init, dy, dx, partial)
-    launch(causal_conv_bwd_kernel, (count, blocks, 1), tensors, (N, T, count * BN), consts)
+    partial = torch.empty(*steps.partial, dtype=torch.float32, device=x.device)
+    steps.run(aligned(x, weight, bias, init, dy), x, weight, bias, init, dy, dx, partial)
     total = partial.sum(0)
     dinit = None if init is None else _state_gradient(x, weight, bias, init, dy, activation)
     dweight = total[:W].T.to(weight.dtype, copy=True, memory_format=torch.contiguous_format)

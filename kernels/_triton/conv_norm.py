@@ -13,7 +13,17 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from zoo.kernels._triton._common import ceil_div, compute_types, interpreting, launch, store_tile
+from zoo.kernels._triton._common import (
+    Launch,
+    aligned,
+    ceil_div,
+    compute_types,
+    interpreting,
+    on_device_of_first,
+    plan,
+    store_tile,
+    types,
+)
 from zoo.kernels._triton.block_tail import norm_pieces, pieces, row
 
 MAX_CHANNELS = 256
@@ -158,35 +168,47 @@ def prepared(weight: torch.Tensor, few: bool, dtype: torch.dtype) -> torch.Tenso
     if not few:
         return weight.to(dtype).permute(0, 2, 3, 1).flatten(1).contiguous()
     weight = weight.to(dtype).flatten(1)
-    return F.pad(weight, (0, -weight.shape[1] % config(True, 1).bk)).contiguous()
+    missing = -weight.shape[1] % config(True, 1).bk
+    return F.pad(weight, (0, missing)) if missing else weight.contiguous()
 
 
+class _Plan:
+    def __init__(self, eps, stride, padding, activation, compute, dtype, _, x, weight):
+        B, CIN, h, w = x.shape
+        C, _, KH, KW = weight.shape
+        oh, ow = ((n + 2 * padding - k) // stride + 1 for n, k in ((h, KH), (w, KW)))
+        self.shape = B, oh, ow, C
+        self.few = few = CIN <= FEW
+        self.in_place = few or x.stride(1) == 1
+        cfg = config(few, CIN)
+        B1, B2 = pieces(C)
+        ct, prec = compute_types(compute)
+        N = B * oh * ow
+        last = {'ACT': activation, 'CT': ct, 'PREC': prec}
+        shape = {'STRIDE': stride, 'PAD': padding, 'C': C, 'B1': B1, 'B2': B2, 'BT': cfg.bt, 'BK': cfg.bk}
+        if few:
+            kernel, strides, depth = conv_norm_kernel_few, x.stride(), CIN * KH * KW
+            consts = {'KH': KH, 'KW': KW, 'DEPTH': depth, **shape, 'STEPS': ceil_div(depth, cfg.bk), **last}
+        else:
+            kernel, distances = conv_norm_kernel_many, (x.stride(0), x.stride(2), x.stride(3))
+            bits = distances[0] | distances[1] | distances[2] | 16
+            unit = bits & -bits
+            strides = [n // unit for n in distances]
+            consts = {'KH': KH, 'KW': KW, 'CIN': CIN, **shape, 'A': unit, **last}
+        sizes = N, h, w, oh, ow, *strides, eps
+        self.run = Launch(kernel, (ceil_div(N, cfg.bt), 1, 1), sizes, consts, cfg.warps, cfg.stages)
+
+
+@on_device_of_first
 def conv_norm_fwd(x, weight, bias, w_norm, b_norm, eps, stride, padding, activation, table, compute, dtype):
     """(B, CIN, h, w) to (B, oh, ow, C) in `dtype`; `table` (oh ow, C) or None."""
-    B, CIN, h, w = x.shape
-    C, _, KH, KW = weight.shape
-    oh, ow = ((n + 2 * padding - k) // stride + 1 for n, k in ((h, KH), (w, KW)))
-    y = torch.empty(B, oh, ow, C, dtype=dtype, device=x.device)
-    few = CIN <= FEW
-    cfg = config(few, CIN)
-    B1, B2 = pieces(C)
-    ct, prec = compute_types(compute)
-    N = B * oh * ow
-    tensors = (x, prepared(weight, few, compute), bias, w_norm, b_norm, None if table is None else table.contiguous(),
-               y)  # fmt: skip
-    last = {'ACT': activation, 'CT': ct, 'PREC': prec}
-    shape = {'STRIDE': stride, 'PAD': padding, 'C': C, 'B1': B1, 'B2': B2, 'BT': cfg.bt, 'BK': cfg.bk}
-    grid = (ceil_div(N, cfg.bt), 1, 1)
-    if few:
-        consts = {'KH': KH, 'KW': KW, 'DEPTH': CIN * KH * KW, **shape, 'STEPS': tensors[1].shape[1] // cfg.bk, **last}
-        launch(conv_norm_kernel_few, grid, tensors, (N, h, w, oh, ow, *x.stride(), eps), consts, cfg.warps, cfg.stages)
-        return y
-    if x.stride(1) != 1:
+    options = eps, stride, padding, activation, compute, dtype, types(bias, w_norm, b_norm, table)
+    steps = plan(_Plan, options, x, weight)
+    if not steps.in_place:
         x = x.contiguous(memory_format=torch.channels_last)
-        tensors = (x, *tensors[1:])
-    bits = x.stride(0) | x.stride(2) | x.stride(3) | 16
-    unit = bits & -bits
-    consts = {'KH': KH, 'KW': KW, 'CIN': CIN, **shape, 'A': unit, **last}
-    sizes = (N, h, w, oh, ow, x.stride(0) // unit, x.stride(2) // unit, x.stride(3) // unit, eps)
-    launch(conv_norm_kernel_many, grid, tensors, sizes, consts, cfg.warps, cfg.stages)
+        steps = plan(_Plan, options, x, weight)
+    y = torch.empty(*steps.shape, dtype=dtype, device=x.device)
+    weight = prepared(weight, steps.few, compute)
+    table = None if table is None else table.contiguous()
+    steps.run(aligned(x, weight, bias, w_norm, b_norm, table), x, weight, bias, w_norm, b_norm, table, y)
     return y

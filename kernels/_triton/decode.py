@@ -7,11 +7,10 @@ product happens on its result in registers: bias, residual, SwiGLU, the convolut
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from zoo.kernels._triton._common import LOG2E, ceil_div, launch, next_power
+from zoo.kernels._triton._common import LOG2E, Launch, aligned, ceil_div, next_power, on_device_of_first, plan, types
 
 _PIECE = 256  # channels of a row that a warp reads at once
 
@@ -166,28 +165,41 @@ def mamba2_step_kernel(
     tl.store(y + (b * H + h) * D + pp, out.to(y.dtype.element_ty), mask=ok_p)
 
 
+class _LinearPlan:
+    """The launch; what `types` are given of counts by them alone."""
+
+    def __init__(self, swiglu: bool, biases: tuple, _, x, conv_weight, *weights):
+        B, C = x.shape
+        self.in_place = x.stride(-1) == 1 and all(w is None or w.is_contiguous() for w in (conv_weight, *weights))
+        self.missing = [None] * (5 - len(weights))
+        sizes = [w.shape[0] for w in weights] + [0] * len(self.missing)
+        self.shape = B, sizes[0] if swiglu else sum(sizes)
+        R = 4 if swiglu else 8
+        BK = min(_PIECE, next_power(C))
+        self.biased = sum(1 << i for i, b in enumerate(biases) if b is not None)
+        channels, width = (0, 0) if conv_weight is None else conv_weight.shape
+        consts = {'SX': x.stride(0), 'C': C, **{f'O{i}': n for i, n in enumerate(sizes)}, 'B': B, 'R': R,
+                  'BK': BK, 'AHEAD': min(8, ceil_div(C, BK)), 'SWIGLU': swiglu, 'BIASED': self.biased,
+                  'CONV': channels, 'W': width}  # fmt: skip
+        blocks = ceil_div(sizes[0], R) if swiglu else sum(ceil_div(n, R) for n in sizes)
+        self.run = Launch(linear_kernel, (blocks * B, 1, 1), (), consts)
+
+
+@on_device_of_first
 def _run(x, weights, biases, residual=None, swiglu=False, conv=(None, None, None)) -> Tensor:
-    B, C = x.shape
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    weights = [w.contiguous() for w in weights]
-    sizes = [w.shape[0] for w in weights] + [0] * (5 - len(weights))
-    total = sizes[0] if swiglu else sum(sizes)
-    y = torch.empty(B, total, dtype=x.dtype, device=x.device)
-    R = 4 if swiglu else 8
-    BK = min(_PIECE, next_power(C))
     conv_weight, conv_bias, conv_state = conv
-    consts = {'SX': x.stride(0), 'C': C, **{f'O{i}': n for i, n in enumerate(sizes)}, 'B': B, 'R': R,
-              'BK': BK, 'AHEAD': min(8, ceil_div(C, BK)), 'SWIGLU': swiglu,
-              'BIASED': sum(1 << i for i, b in enumerate(biases) if b is not None),
-              'CONV': 0 if conv_weight is None else conv_weight.shape[0],
-              'W': 0 if conv_weight is None else conv_weight.shape[1]}  # fmt: skip
-    missing = [None] * (5 - len(weights))
+    options = swiglu, types(*biases), types(residual, conv_bias, conv_state)
+    steps = plan(_LinearPlan, options, x, conv_weight, *weights)
+    if not steps.in_place:
+        x, weights = x if x.stride(-1) == 1 else x.contiguous(), [w.contiguous() for w in weights]
+        conv_weight = None if conv_weight is None else conv_weight.contiguous()
+        steps = plan(_LinearPlan, options, x, conv_weight, *weights)
+    y = x.new_empty(*steps.shape)
     residual = None if residual is None else residual.contiguous()
-    conv_weight = None if conv_weight is None else conv_weight.contiguous()
-    biases = [w if b is None else b for w, b in zip(weights, biases)] if consts['BIASED'] else biases
-    tensors = (x, *weights, *missing, *biases, *missing, y, residual, conv_weight, conv_bias, conv_state)
-    blocks = ceil_div(total, R) if swiglu else sum(ceil_div(n, R) for n in sizes)
-    launch(linear_kernel, (blocks * B, 1, 1), tensors, (), consts)
+    biases = [w if b is None else b for w, b in zip(weights, biases)] if steps.biased else biases
+    missing = steps.missing
+    inputs, rest = (x, *weights, *missing, *biases, *missing), (residual, conv_weight, conv_bias, conv_state)
+    steps.run(aligned(*inputs, *rest), *inputs, y, *rest)
     return y
 
 
@@ -206,13 +218,21 @@ def projections_(x, weights, biases, conv_weight, conv_bias, conv_state):
     return _run(x, weights, biases, conv=(conv_weight, conv_bias, conv_state))
 
 
+class _StepPlan:
+    def __init__(self, eps: float, kv_heads: int, _, mixed, state):
+        batch, H, dim, _ = state.shape
+        BD = next_power(dim)
+        consts = {'SM': mixed.stride(0), 'H': H, 'K': kv_heads, 'D': dim, 'BD': BD}
+        self.shape = batch, H, dim
+        self.run = Launch(mamba2_step_kernel, (batch * H, 1, 1), (eps,), consts, 8 if BD >= 128 else 4)
+
+
+@on_device_of_first
 def mamba2_step_(mixed, state, dt_bias, A_log, D, norm_weight, eps, kv_heads):
     """Heads' outputs (B, H, d); the state is overwritten."""
-    batch, H, dim, _ = state.shape
     mixed = mixed if mixed.stride(-1) == 1 else mixed.contiguous()
-    y = torch.empty(batch, H, dim, dtype=mixed.dtype, device=mixed.device)
-    BD = next_power(dim)
-    consts = {'SM': mixed.stride(0), 'H': H, 'K': kv_heads, 'D': dim, 'BD': BD}
-    tensors = (mixed, state, dt_bias, A_log, D, norm_weight, y)
-    launch(mamba2_step_kernel, (batch * H, 1, 1), tensors, (eps,), consts, warps=8 if BD >= 128 else 4)
+    steps = plan(_StepPlan, (eps, kv_heads, types(dt_bias, A_log, D, norm_weight)), mixed, state)
+    y = mixed.new_empty(*steps.shape)
+    inputs = mixed, state, dt_bias, A_log, D, norm_weight
+    steps.run(aligned(*inputs), *inputs, y)
     return y

@@ -10,7 +10,17 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from zoo.kernels._triton._common import LOG2E, ceil_div, compute_types, launch, next_power
+from zoo.kernels._triton._common import (
+    LOG2E,
+    Launch,
+    aligned,
+    ceil_div,
+    compute_types,
+    next_power,
+    on_device_of_first,
+    plan,
+    types,
+)
 
 PROGRAMS = 528  # over all rows and key heads: four per multiprocessor of an H100
 _KEYS = 64  # in a tile
@@ -126,16 +136,29 @@ def rotate_and_store_kernel(
     tl.store(to + HALF, (high * high_cos[None, :] + low * high_sin[None, :]).to(kind), mask=inside)
 
 
+class _RotatePlan:
+    def __init__(self, _, q, k, v, cos, sin, keys):
+        self.in_place = all(t.stride(-1) == 1 for t in (q, k, v, cos, sin)) and sin.stride(0) == cos.stride(0)
+        B, K, G, D = q.shape
+        self.shape = B, K * G, D
+        consts = {'K': K, 'G': G, 'BG': next_power(G, 1), 'HALF': D // 2, 'BH': next_power(D // 2)}
+        of_row = 0 if len(cos) == 1 else cos.stride(0)
+        sizes = *q.stride()[:3], *k.stride()[:2], *v.stride()[:2], of_row, keys.shape[2]
+        self.run = Launch(rotate_and_store_kernel, (B * K, 1, 1), sizes, consts, 1)
+
+
+@on_device_of_first
 def rotate_and_store_(q, k, v, cos, sin, keys, values, place):
     """Rotated queries (B, K G, d); keys and values, contiguous, take their entry."""
-    q, k, v, cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v, cos, sin))
-    B, K, G, D = q.shape
-    sin = sin if sin.stride(0) == cos.stride(0) else sin.contiguous()
-    y = torch.empty(B, K * G, D, dtype=q.dtype, device=q.device)
-    consts = {'K': K, 'G': G, 'BG': next_power(G, 1), 'HALF': D // 2, 'BH': next_power(D // 2)}
-    sizes = (*q.stride()[:3], *k.stride()[:2], *v.stride()[:2], 0 if len(cos) == 1 else cos.stride(0), keys.shape[2])
-    tensors = (q, k, v, cos, sin, keys, values, place, y)
-    launch(rotate_and_store_kernel, (B * K, 1, 1), tensors, sizes, consts, warps=1)
+    options = (types(values, place),)
+    steps = plan(_RotatePlan, options, q, k, v, cos, sin, keys)
+    if not steps.in_place:
+        q, k, v, cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v, cos, sin))
+        sin = sin if sin.stride(0) == cos.stride(0) else sin.contiguous()
+        steps = plan(_RotatePlan, options, q, k, v, cos, sin, keys)
+    y = q.new_empty(*steps.shape)
+    inputs = q, k, v, cos, sin, keys, values, place
+    steps.run(aligned(*inputs), *inputs, y)
     return y
 
 
@@ -146,23 +169,30 @@ def _buffer(x: torch.Tensor) -> torch.Tensor:
     return x if fits else x.contiguous()
 
 
+class _AttentionPlan:
+    def __init__(self, scale: float, _, q, keys, values):
+        (B, H, D), (K, capacity) = q.shape, keys.shape[1:3]
+        splits = max(1, min(ceil_div(PROGRAMS, B * K), ceil_div(capacity, 2 * _KEYS)))
+        G, BD = H // K, next_power(D)
+        self.part, self.norms = (B, K, splits, G, D), (B, K, splits, G, 2)
+        ct, prec = compute_types(q.dtype)
+        consts = {'H': H, 'K': K, 'D': D, 'BD': BD, 'G': G, 'BG': next_power(G), 'BT': _KEYS if BD <= 128 else 32,
+                  'CT': ct, 'PREC': prec}  # fmt: skip
+        sizes = *(s // D for t in (keys, values) for s in t.stride()[:2]), scale, splits
+        self.run = Launch(decode_attention_kernel, (splits, B * K, 1), sizes, consts, stages=3)
+        self.merge = Launch(decode_attention_merge_kernel, (B * H, 1, 1), (splits,),
+                            {'G': G, 'D': D, 'BD': BD, 'BS': 16})  # fmt: skip
+
+
+@on_device_of_first
 def attention(q, keys, values, length, start, scale):
     """(B, H, D); arguments as `zoo.kernels.decode.decode_attention`."""
-    B, H, D = q.shape
-    K, capacity = keys.shape[1:3]
     q, keys, values = q.contiguous(), _buffer(keys), _buffer(values)
-    splits = max(1, min(ceil_div(PROGRAMS, B * K), ceil_div(capacity, 2 * _KEYS)))
-    G = H // K
-    part = torch.empty(B, K, splits, G, D, dtype=torch.float32, device=q.device)
-    norms = torch.empty(B, K, splits, G, 2, dtype=torch.float32, device=q.device)
+    steps = plan(_AttentionPlan, (scale, types(length, start)), q, keys, values)
+    part = torch.empty(*steps.part, dtype=torch.float32, device=q.device)
+    norms = torch.empty(*steps.norms, dtype=torch.float32, device=q.device)
+    inputs = q, keys, values, length, start
+    steps.run(aligned(*inputs), *inputs, part, norms)
     y = torch.empty_like(q)
-    ct, prec = compute_types(q.dtype)
-    BD = next_power(D)
-    consts = {'H': H, 'K': K, 'D': D, 'BD': BD, 'G': G, 'BG': next_power(G), 'BT': _KEYS if BD <= 128 else 32,
-              'CT': ct, 'PREC': prec}  # fmt: skip
-    sizes = (*(s // D for t in (keys, values) for s in t.stride()[:2]), scale, splits)
-    tensors = (q, keys, values, length, start, part, norms)
-    launch(decode_attention_kernel, (splits, B * K, 1), tensors, sizes, consts, stages=3)
-    launch(decode_attention_merge_kernel, (B * H, 1, 1), (part, norms, y), (splits,),
-           {'G': G, 'D': D, 'BD': BD, 'BS': 16})  # fmt: skip
+    steps.merge(True, part, norms, y)
     return y

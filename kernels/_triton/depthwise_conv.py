@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from zoo.kernels._triton._common import LOG2E, alignment, ceil_div, launch
+from zoo.kernels._triton._common import LOG2E, Launch, aligned, alignment, ceil_div, on_device_of_first, plan
 
 THREADS = 128
 PROGRAMS = 1056  # enough to fill a GPU
@@ -365,25 +365,53 @@ def _strides(x: torch.Tensor, unit: int) -> list[int]:
     return [s // unit for s in x.stride()[:3]]
 
 
-def _out(x, weight, bias, dy, residual, activation, pre_activation, dtype, K):
-    """The forward kernel; with dy the gradient of conv(u) + bias."""
-    B, H, W, C = x.shape
-    out = torch.empty(B, H, W, C, dtype=dtype, device=x.device)
-    cfg = (FORWARD if pre_activation is None else FORWARD_GELU)[K]
-    if dy is not None:
-        cfg = cfg._replace(registers=None)  # one more map to read
-    unit = _unit(x) if dy is None else _unit(x, dy)
-    tiles = cut(x, cfg, unit)
-    consts = dict(
-        K=K, M=cfg.m, D=cfg.ahead, BN=tiles.bn, BC=tiles.bc, A=unit, WHOLE=C % tiles.bc == 0, BIAS=bias is not None,
-        ACT=activation, PRE=pre_activation, RESIDUAL=residual, GRAD=dy is not None,
-    )  # fmt: skip
-    sizes = *_strides(x, unit), *_strides(x if dy is None else dy, unit), *tiles.sizes
-    grid = tiles.count * tiles.blocks, 1, 1
-    launch(depthwise_kernel_out, grid, (x, weight, bias, dy, out), sizes, consts, registers=cfg.registers)
-    return out
+class _OutPlan:
+    """The launch of the forward kernel; with dy that of the gradient of conv(u) + bias."""
+
+    def __init__(self, residual, activation, pre_activation, dtype, x, weight, bias, dy=None):
+        K, C = weight.shape[-1], x.shape[-1]
+        maps = (x,) if dy is None else (x, dy)
+        self.in_place = all(_channels_last(m) is m for m in maps) and weight.is_contiguous()
+        cfg = (FORWARD if pre_activation is None else FORWARD_GELU)[K]
+        if dy is not None:
+            cfg = cfg._replace(registers=None)  # one more map to read
+        unit = _unit(*maps)
+        tiles = cut(x, cfg, unit)
+        consts = dict(
+            K=K, M=cfg.m, D=cfg.ahead, BN=tiles.bn, BC=tiles.bc, A=unit, WHOLE=C % tiles.bc == 0,
+            BIAS=bias is not None, ACT=activation, PRE=pre_activation, RESIDUAL=residual, GRAD=dy is not None,
+        )  # fmt: skip
+        sizes = *_strides(x, unit), *_strides(maps[-1], unit), *tiles.sizes
+        grid = tiles.count * tiles.blocks, 1, 1
+        self.run = Launch(depthwise_kernel_out, grid, sizes, consts, registers=cfg.registers)
 
 
+class _GradientsPlan:
+    """The launches of the gradients of the input and of the parameters."""
+
+    def __init__(self, residual, activation, pre_activation, x, weight, bias, g, dy):
+        K, C = weight.shape[-1], x.shape[-1]
+        cfg = BACKWARD[K]
+        unit = _unit(x, g, dy)
+        tiles = cut(x, cfg, unit)
+        padded = ceil_div(C, tiles.bc) * tiles.bc
+        share = ceil_div(tiles.count, ceil_div(PROGRAMS, tiles.blocks))
+        programs = ceil_div(tiles.count, share)
+        self.shares = programs, K * K + 1, padded
+        self.skip = residual and activation is not None
+        consts = dict(
+            K=K, M=cfg.m, D=cfg.ahead, BN=tiles.bn, BC=tiles.bc, A=unit, WHOLE=C % tiles.bc == 0, PRE=pre_activation,
+            FOLD=residual and not self.skip, SKIP=self.skip,
+        )  # fmt: skip
+        sizes = *_strides(x, unit), *_strides(g, unit), *_strides(dy, unit), *tiles.sizes, tiles.count, share
+        grid = programs * tiles.blocks, 1, 1
+        self.run = Launch(depthwise_kernel_gradients, grid, sizes, consts, registers=cfg.registers)
+        consts = dict(TAPS=K * K, BP=64, BC=32, BIAS=bias is not None)
+        grid = ceil_div(C, 32), K * K + consts['BIAS'], 1
+        self.reduce = Launch(depthwise_kernel_reduce, grid, (programs, C, padded), consts)
+
+
+@on_device_of_first
 def depthwise_conv2d_fwd(x, weight, bias, residual, activation, pre_activation, out_dtype):
     """activation(conv(u) + bias) (+ u) with u = pre_activation(x).
 
@@ -399,45 +427,36 @@ def depthwise_conv2d_fwd(x, weight, bias, residual, activation, pre_activation, 
     Returns:
         (B, H, W, C), contiguous.
     """
-    x = _channels_last(x)
     if x.numel() == 0:
         return torch.empty(*x.shape, dtype=out_dtype, device=x.device)
-    weight = weight if weight.is_contiguous() else weight.contiguous()
-    return _out(x, weight, bias, None, residual, activation, pre_activation, out_dtype, weight.shape[-1])
+    options = residual, activation, pre_activation, out_dtype
+    steps = plan(_OutPlan, options, x, weight, bias)
+    if not steps.in_place:
+        x, weight = _channels_last(x), weight.contiguous()
+        steps = plan(_OutPlan, options, x, weight, bias)
+    out = torch.empty(*x.shape, dtype=out_dtype, device=x.device)
+    steps.run(aligned(x, weight, bias), x, weight, bias, None, out)
+    return out
 
 
+@on_device_of_first
 def depthwise_conv2d_bwd(x, weight, bias, dy, residual, activation, pre_activation):
     """Gradients (dx, dweight, dbias or None) for dy (B, H, W, C); other arguments as `depthwise_conv2d_fwd`."""
     x, dy = _channels_last(x), _channels_last(dy)
     B, H, W, C = x.shape
-    K = weight.shape[-1]
     dx = torch.empty(B, H, W, C, dtype=x.dtype, device=x.device)
     dweight = torch.empty(*weight.shape, dtype=weight.dtype, device=x.device)
     dbias = None if bias is None else torch.empty(C, dtype=bias.dtype, device=x.device)
     if x.numel() == 0:
         return dx, dweight.zero_(), None if bias is None else dbias.zero_()
-    padded = ceil_div(C, block(C)) * block(C)
     weight = weight if weight.is_contiguous() else weight.contiguous()
     g = dy
     if activation is not None:
-        g = _out(x, weight, bias, dy, residual, activation, pre_activation, dy.dtype, K)
-
-    cfg = BACKWARD[K]
-    unit = _unit(x, g, dy)
-    tiles = cut(x, cfg, unit)
-    share = ceil_div(tiles.count, ceil_div(PROGRAMS, tiles.blocks))
-    programs = ceil_div(tiles.count, share)
-    shares = torch.empty(programs, K * K + 1, padded, dtype=torch.float32, device=x.device)
-    skip = residual and activation is not None
-    consts = dict(
-        K=K, M=cfg.m, D=cfg.ahead, BN=tiles.bn, BC=tiles.bc, A=unit, WHOLE=C % tiles.bc == 0, PRE=pre_activation,
-        FOLD=residual and not skip, SKIP=skip,
-    )  # fmt: skip
-    sizes = *_strides(x, unit), *_strides(g, unit), *_strides(dy, unit), *tiles.sizes, tiles.count, share
-    tensors = x, weight, g, dy if skip else None, dx, shares
-    grid = programs * tiles.blocks, 1, 1
-    launch(depthwise_kernel_gradients, grid, tensors, sizes, consts, registers=cfg.registers)
-    consts = dict(TAPS=K * K, BP=64, BC=32, BIAS=bias is not None)
-    grid = ceil_div(C, 32), K * K + consts['BIAS'], 1
-    launch(depthwise_kernel_reduce, grid, (shares, dweight, dbias), (programs, C, padded), consts)
+        steps = plan(_OutPlan, (residual, activation, pre_activation, dy.dtype), x, weight, bias, dy)
+        g = torch.empty(B, H, W, C, dtype=dy.dtype, device=x.device)
+        steps.run(aligned(x, weight, bias, dy), x, weight, bias, dy, g)
+    steps = plan(_GradientsPlan, (residual, activation, pre_activation), x, weight, bias, g, dy)
+    shares = torch.empty(*steps.shares, dtype=torch.float32, device=x.device)
+    steps.run(aligned(x, weight, dy), x, weight, g, dy if steps.skip else None, dx, shares)
+    steps.reduce(True, shares, dweight, dbias)
     return dx, dweight, dbias

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from zoo.kernels._triton._common import (
     Launch,
+    Scratch,
     aligned,
     alignment,
     ceil_div,
@@ -154,13 +155,19 @@ class Plan:
         ct, prec = compute_types(q.dtype)
         mt, split = gate_types(q.dtype, None if g is None else g.dtype)
         vp = cfg.nv * cfg.bv
-        self.state_dtype = torch.bfloat16 if ct.name == 'bf16' else torch.float32
-        scratch = SAFE_PARTS * n_chunks if self.sweep else kinds * n_chunks
-        self.state_shape = (scratch * H, vp, cfg.bk)
-        self.total_shape = (kinds * H * n_chunks, cfg.bk)
-        self.seg_shape = (kinds * H * n_segs, vp, cfg.bk)
+        seg_rows, fp32 = kinds * H * n_segs, torch.float32
+        totals = ((kinds * H * n_chunks, cfg.bk), fp32) if self.gate and not self.sweep else None
+        self.scratch = Scratch(
+            q.device,
+            (((SAFE_PARTS if self.sweep else kinds) * n_chunks * H, vp, cfg.bk),
+             torch.bfloat16 if ct.name == 'bf16' else fp32),
+            totals,
+            totals,
+            ((seg_rows, vp, cfg.bk), fp32) if self.several else None,
+            ((seg_rows, cfg.bk), fp32) if self.several else None,
+            ((n_segs * H * cfg.nv,), torch.int32) if self.sweep else None,
+        )  # fmt: skip
         self.out_shape, self.final_shape = (B, T, H, V), (N, H, K, V)
-        self.n_flags = n_segs * H * cfg.nv
 
         unit = alignment(*(x for x in (q, k, v, do) if x is not None))
         unit_g = alignment(*(x for x in (gf, gb) if x is not None)) if self.gate == 2 else 1
@@ -198,22 +205,13 @@ class Plan:
             self.chunks.append(launched(kernel, tensors, grid, sizes, consts, options))
         self.prepared = set()
 
-    def ready(self, at_16: bool) -> bool:
-        """Whether all is compiled, so that only addresses count."""
-        return at_16 and self.chunks[-1].compiled is not None
-
-    def scratch(self, none: torch.Tensor, ready: bool) -> tuple[torch.Tensor, ...]:
-        """States, totals, prefixes, states and totals of segments; `none` stands for what is not needed."""
-        new = lambda *shape: torch.empty(*shape, dtype=torch.float32, device=self.device)  # noqa: E731
-        states = torch.empty(*self.state_shape, dtype=self.state_dtype, device=self.device)
-        totals = prefix = seg_state = seg_total = none
-        if self.gate and not self.sweep:
-            totals, prefix = new(*self.total_shape), new(*self.total_shape)
-        if self.several:
-            seg_state, seg_total = new(*self.seg_shape), new(self.seg_shape[0], self.cfg.bk)
-        elif not ready:  # the kernels' code must not depend on whether there are several: same types in both cases
-            seg_state = seg_total = nothing(self.device)
-        return states, totals, prefix, seg_state, seg_total
+    def memory(self, at_16: bool, none: torch.Tensor) -> tuple[object, tuple, object]:
+        """What to keep, then states, totals, prefixes, states and totals of segments, and flags of the sweep."""
+        ready = at_16 and self.chunks[-1].compiled is not None
+        memory, (*scratch, flags) = self.scratch(ready, none)
+        if not ready and not self.several:  # the kernels' code must not depend on it: same types in both cases
+            scratch[3] = scratch[4] = nothing(self.device)
+        return memory, scratch, flags
 
     def run_states(self, at_16: bool, inputs, scratch, init, dinit, final, segs, spans) -> None:
         """Fill the states, and `final` with the state (or in a backward pass its gradient) past the last token."""
@@ -251,7 +249,7 @@ def _forward(q, k, v, gf, gb, scale, init, output_final_state, cu_seqlens, dirs)
     at_16 = aligned(q, k, v, gf, gb, init)
     gf = gf if gf is not None else gb if gb is not None else q
     gb = gf if gb is None else gb
-    scratch = steps.scratch(q, steps.ready(at_16))
+    memory, scratch, flags = steps.memory(at_16, q)
     chunks, segs, spans = (q, q, q) if steps.table is None else steps.table(cu_seqlens)
     o = torch.empty(*steps.out_shape, dtype=q.dtype, device=steps.device)
     final = None
@@ -260,7 +258,6 @@ def _forward(q, k, v, gf, gb, scale, init, output_final_state, cu_seqlens, dirs)
     steps.run_states(at_16, (q, k, v, v, gf, gb), scratch, q if init is None else init, q,
                      q if final is None else final, segs, spans)  # fmt: skip
     if steps.sweep:
-        flags = torch.empty(steps.n_flags, dtype=torch.int32, device=steps.device)
         tensors = q, k, v, gf, gb, o, scratch[0], scratch[3], flags, segs
     else:
         tensors = q, k, v, gf, gb, o, *scratch[:4], chunks
@@ -278,7 +275,7 @@ def _backward(q, k, v, gf, gb, scale, init, do, dfinal, cu_seqlens, dirs):
     dq, dk, dv, dgf, dgb, dinit = (new(x) for x in (q, k, v, gf, gb, init))
     in_f = gf if gf is not None else gb if gb is not None else q
     in_b = in_f if gb is None else gb
-    scratch = steps.scratch(q, steps.ready(at_16))
+    memory, scratch, _ = steps.memory(at_16, q)
     chunks, segs, spans = (q, q, q) if steps.table is None else steps.table(cu_seqlens)
     steps.run_states(at_16, (q, k, v, do, in_f, in_b), scratch, q if init is None else init,
                      q if dfinal is None else dfinal, q if dinit is None else dinit, segs, spans)  # fmt: skip

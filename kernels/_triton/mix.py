@@ -15,7 +15,6 @@ from zoo.kernels._triton._common import (
     aligned,
     ceil_div,
     compute_types,
-    launch,
     load_tile,
     mm,
     next_power,
@@ -25,7 +24,8 @@ from zoo.kernels._triton._common import (
     store_tile,
     token_rows,
     types,
-)  # fmt: skip
+)
+from zoo.kernels._triton.sums import Sums
 
 MAX_RANK = 64
 MAX_DIM = 256
@@ -160,19 +160,27 @@ def mix_fwd(o, local, gate, gate_bias, w_global, w_local, eps, gate_logits, silu
     return y
 
 
+class _MixBackwardPlan:
+    def __init__(self, eps: float, logits: bool, silu: bool, kinds: tuple, o, local, gate):
+        N, H, V = o.shape[0] * o.shape[1], *o.shape[2:]
+        consts = _mix_consts(o, [token_rows(x, 2)[1] for x in (o, local, gate)], logits, silu, _TILE // 2)
+        count = max(1, min(ceil_div(programs(o.device), H), ceil_div(N, consts['BN'])))
+        self.run = Launch(mix_bwd_kernel, (count, H, 1), (N, count * consts['BN'], eps), consts)
+        self.sums = Sums(*[(count * H, V)] * 2, (count, H * V), wanted=(True, True, kinds[0] is not None))
+
+
+@on_device_of_first
 def mix_bwd(o, local, gate, gate_bias, w_global, w_local, dy, eps, gate_logits, silu):
     """Gradients of o, local, gate, gate_bias (None without one), w_global and w_local."""
-    N, H, V = o.shape[0] * o.shape[1], *o.shape[2:]
-    do, dlocal, dgate = (torch.empty(*x.shape, dtype=x.dtype, device=x.device) for x in (o, local, gate))
-    (o, SO), (local, SL), (gate, SG) = token_rows(o, 2), token_rows(local, 2), token_rows(gate, 2)
-    consts = _mix_consts(o, (SO, SL, SG), gate_logits, silu, _TILE // 2)
-    count = max(1, min(ceil_div(programs(o.device), H), ceil_div(N, consts['BN'])))
-    partial = torch.empty(3, count, H, V, dtype=torch.float32, device=o.device)
-    launch(mix_bwd_kernel, (count, H, 1),
-           (o, local, gate, gate_bias, w_global, w_local, dy.contiguous(), do, dlocal, dgate, partial),
-           (N, count * consts['BN'], eps), consts)  # fmt: skip
-    dw_global, dw_local = (x.sum((0, 1)).to(w.dtype) for x, w in zip(partial, (w_global, w_local)))
-    dbias = None if gate_bias is None else partial[2].sum(0).flatten().to(gate_bias.dtype)
+    options = eps, gate_logits, silu, types(gate_bias, w_global, w_local, dy)
+    steps = plan(_MixBackwardPlan, options, o, local, gate)
+    do, dlocal, dgate = o.new_empty(*o.shape), local.new_empty(*o.shape), gate.new_empty(*o.shape)
+    inputs = (*(token_rows(x, 2)[0] for x in (o, local, gate)), gate_bias, w_global, w_local, dy.contiguous())
+    shares = torch.empty(steps.sums.total, dtype=torch.float32, device=o.device)
+    steps.run(aligned(*inputs), *inputs, do, dlocal, dgate, shares)
+    ws = w_global, w_local, gate_bias
+    dw_global, dw_local, dbias = grads = [None if w is None else w.new_empty(*w.shape) for w in ws]
+    steps.sums(shares, *grads)
     return do, dlocal, dgate, dbias, dw_global, dw_local
 
 
@@ -268,19 +276,26 @@ def gates_fwd(r, weight, bias, normalizer):
     return g_fwd, g_bwd
 
 
+class _GatesBackwardPlan:
+    def __init__(self, normalizer: float, _, r, weight, bias):
+        K, R = weight.shape[0] // 2, r.shape[-1]
+        N = r.numel() // R
+        consts = _gate_consts(r, token_rows(r)[1], K)
+        blocks = 2 * consts['NK']
+        count = max(1, min(ceil_div(programs(r.device), blocks), ceil_div(N, _GATE_ROWS)))
+        sizes = N, count * _GATE_ROWS, 1 / normalizer
+        self.run = Launch(gates_bwd_kernel, (count, blocks, 1), sizes, consts)
+        self.sums = Sums((blocks, N * R), (count, 2 * K * R), (count, 2 * K))
+
+
+@on_device_of_first
 def gates_bwd(r, weight, bias, dg_fwd, dg_bwd, normalizer):
     """Gradients of r, weight and bias."""
-    K, R = weight.shape[0] // 2, r.shape[-1]
-    shape, N = r.shape, r.numel() // R
-    r, SR = token_rows(r)
-    consts = _gate_consts(r, SR, K)
-    blocks = 2 * consts['NK']
-    count = max(1, min(ceil_div(programs(r.device), blocks), ceil_div(N, _GATE_ROWS)))
-    dr, dweight, dbias = (
-        torch.empty(*s, dtype=torch.float32, device=r.device)
-        for s in ((blocks, N, R), (count, 2 * K, R), (count, 2 * K))
-    )
-    launch(gates_bwd_kernel, (count, blocks, 1),
-           (r, weight.contiguous(), bias.contiguous(), dg_fwd.contiguous(), dg_bwd.contiguous(), dr, dweight, dbias),
-           (N, count * _GATE_ROWS, 1 / normalizer), consts)  # fmt: skip
-    return dr.sum(0).to(r.dtype).reshape(shape), dweight.sum(0).to(weight.dtype), dbias.sum(0).to(bias.dtype)
+    steps = plan(_GatesBackwardPlan, (normalizer, types(dg_fwd, dg_bwd)), r, weight, bias)
+    dr, dweight, dbias = r.new_empty(*r.shape), weight.new_empty(*weight.shape), bias.new_empty(*bias.shape)
+    inputs = token_rows(r)[0], *(x.contiguous() for x in (weight, bias, dg_fwd, dg_bwd))
+    shares = torch.empty(steps.sums.total, dtype=torch.float32, device=r.device)
+    parts = shares.split_with_sizes(steps.sums.sizes)
+    steps.run(aligned(*inputs, *parts), *inputs, *parts)
+    steps.sums(shares, dr, dweight, dbias)
+    return dr, dweight, dbias

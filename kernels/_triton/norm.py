@@ -15,13 +15,14 @@ from zoo.kernels._triton._common import (
     Launch,
     aligned,
     ceil_div,
-    launch,
     next_power,
     on_device_of_first,
     plan,
     programs,
     token_rows,
+    types,
 )
+from zoo.kernels._triton.sums import Sums
 
 MAX_DIM = 8192
 _TILE = 4096  # elements of a forward tile; the backward, with more of them alive, takes half
@@ -137,23 +138,32 @@ def norm_fwd(x, residual, gamma, sample, weight, bias, eps, center, dtype):
     return y, stream
 
 
+class _NormBackwardPlan:
+    def __init__(self, eps: float, center: bool, _, stream, x, gamma, sample, weight, bias):
+        N, per_sample, C, BC, BN = _sizes(stream, sample, _TILE // 2)
+        count = max(1, min(programs(stream.device), ceil_div(N, BN)))
+        SS, SX = token_rows(stream)[1], 0 if x is None else token_rows(x)[1]
+        consts = {'SS': SS, 'SX': SX, 'C': C, 'BC': BC, 'BN': BN, 'CENTER': center, 'BIAS': bias is not None}
+        self.run = Launch(norm_bwd_kernel, (count, 1, 1), (N, per_sample, count * BN, eps), consts)
+        self.sums = Sums(*[(count, C)] * 3, wanted=(True, bias is not None, gamma is not None))
+
+
+@on_device_of_first
 def norm_bwd(stream, x, gamma, sample, weight, bias, dy, dstream, eps, center, has_residual, dtype):
     """Gradients of x (in `dtype`), residual, gamma, weight and bias; None where there is no such argument."""
-    N, per_sample, C, BC, BN = _sizes(stream, sample, _TILE // 2)
-    device = stream.device
-    dx = torch.empty(*stream.shape, dtype=dtype, device=device)
-    dresidual = torch.empty(*stream.shape, dtype=stream.dtype, device=device) if has_residual else None
-    stream, SS = token_rows(stream)
-    x, SX = (None, 0) if x is None else token_rows(x)
+    device, shape, dy = stream.device, stream.shape, dy.contiguous()
     dstream = None if dstream is None else dstream.contiguous()
-    count = max(1, min(programs(device), ceil_div(N, BN)))
-    partial = torch.empty(3, count, C, dtype=torch.float32, device=device)
-    consts = {'SS': SS, 'SX': SX, 'C': C, 'BC': BC, 'BN': BN, 'CENTER': center, 'BIAS': bias is not None}
-    tensors = (stream, x, gamma, sample, weight, dy.contiguous(), dstream, dresidual, dx, partial)
-    launch(norm_bwd_kernel, (count, 1, 1), tensors, (N, per_sample, count * BN, eps), consts)
-    dgamma = None if gamma is None else partial[2].sum(0).to(gamma.dtype)
-    dbias = None if bias is None else partial[1].sum(0).to(bias.dtype)
-    return dx, dresidual, dgamma, partial[0].sum(0).to(weight.dtype), dbias
+    options = eps, center, (dtype, has_residual, types(dy, dstream))
+    steps = plan(_NormBackwardPlan, options, stream, x, gamma, sample, weight, bias)
+    dx = torch.empty(*shape, dtype=dtype, device=device)
+    dresidual = stream.new_empty(*shape) if has_residual else None
+    stream, x = token_rows(stream)[0], None if x is None else token_rows(x)[0]
+    shares = torch.empty(steps.sums.total, dtype=torch.float32, device=device)
+    inputs = stream, x, gamma, sample, weight, dy, dstream
+    steps.run(aligned(*inputs), *inputs, dresidual, dx, shares)
+    dweight, dbias, dgamma = (None if w is None else w.new_empty(*w.shape) for w in (weight, bias, gamma))
+    steps.sums(shares, dweight, dbias, dgamma)
+    return dx, dresidual, dgamma, dweight, dbias
 
 
 @triton.jit(do_not_specialize=['N'])
@@ -228,15 +238,25 @@ def gated_norm_fwd(x, weight, gate, eps):
     return y
 
 
+class _GatedBackwardPlan:
+    def __init__(self, eps: float, _, x, weight, gate):
+        _, _, N, consts = _gated(x, gate, _TILE // 4)
+        C, BN = consts['C'], consts['BN']
+        count = max(1, min(programs(x.device), ceil_div(N, BN)))
+        self.run = Launch(gated_norm_bwd_kernel, (count, 1, 1), (N, count * BN, eps), consts)
+        self.sums = Sums((count, C))
+
+
+@on_device_of_first
 def gated_norm_bwd(x, weight, gate, dy, eps):
     """Gradients of x, weight and gate."""
-    dx, dgate = (torch.empty(*t.shape, dtype=t.dtype, device=x.device) for t in (x, gate))
-    x, gate, N, consts = _gated(x, gate, _TILE // 4)
-    count = max(1, min(programs(x.device), ceil_div(N, consts['BN'])))
-    partial = torch.empty(count, consts['C'], dtype=torch.float32, device=x.device)
-    tensors = (x, weight, gate, dy.contiguous(), dx, dgate, partial)
-    launch(gated_norm_bwd_kernel, (count, 1, 1), tensors, (N, count * consts['BN'], eps), consts)
-    return dx, partial.sum(0).to(weight.dtype), dgate
+    steps = plan(_GatedBackwardPlan, (eps, dy.dtype), x, weight, gate)
+    dx, dgate, dweight = x.new_empty(*x.shape), gate.new_empty(*gate.shape), weight.new_empty(*weight.shape)
+    x, gate, dy = token_rows(x, 2)[0], token_rows(gate, 2)[0], dy.contiguous()
+    shares = torch.empty(steps.sums.total, dtype=torch.float32, device=x.device)
+    steps.run(aligned(x, weight, gate, dy), x, weight, gate, dy, dx, dgate, shares)
+    steps.sums(shares, dweight)
+    return dx, dweight, dgate
 
 
 @triton.jit(do_not_specialize=['N'])

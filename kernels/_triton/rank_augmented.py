@@ -18,6 +18,8 @@ phi(x) = elu(x) + 1 has the derivative min(phi(x), 1). Tables, sums, softmax and
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import triton
 import triton.language as tl
@@ -446,6 +448,12 @@ def rala_bwd_kernel_dq(q, dr, dq, kv, key, table, dqbar, T, per, H, parts, eps, 
 # Host side
 
 
+def starts(sizes: list[int]) -> list[int]:
+    """Where parts of fp32 numbers start in memory that they share, in bytes, and how many numbers there are."""
+    ends = list(itertools.accumulate(sizes, initial=0))
+    return [4 * end for end in ends[:-1]] + ends[-1:]
+
+
 class _Plan:
     """What all launches of a pass share.
 
@@ -460,8 +468,9 @@ class _Plan:
 
     def __init__(self, height: int, width: int, q: torch.Tensor, *others: torch.Tensor | None):
         self.n = max(height, width)
+        self.in_place = all(x is None or rows(x) is x for x in (q, *others))
         self.kept_sizes = kept_sizes(q, height, width)
-        self.kept_total = sum(self.kept_sizes)
+        *self.kept_starts, self.kept_total = starts(self.kept_sizes)
         self.B, self.T, self.H, self.D = q.shape
         self.device, self.heads = q.device, self.B * self.H
         self.cfg = config(q.dtype, self.D, self.backward)
@@ -479,11 +488,14 @@ class _Plan:
 
     def set_scratch(self, *sizes: int) -> None:
         self.scratch_sizes = [ceil_div(n, 4) * 4 for n in sizes]  # each of them starts at a multiple of 16 bytes
-        self.scratch_total = sum(self.scratch_sizes)
+        *self.scratch_starts, self.scratch_total = starts(self.scratch_sizes)
 
-    def scratch(self) -> tuple[torch.Tensor, ...]:
-        """Numbers that only this pass's kernels see, fp32."""
-        return self.fp32(self.scratch_total).split_with_sizes(self.scratch_sizes)
+    def split(self, kept: torch.Tensor, scratch: torch.Tensor, ready: bool) -> tuple[list, list]:
+        """The parts of what is kept and of the scratch, as tensors or, if `ready`, as addresses."""
+        if not ready:
+            return kept.split_with_sizes(self.kept_sizes), scratch.split_with_sizes(self.scratch_sizes)
+        first, second = kept.data_ptr(), scratch.data_ptr()
+        return [first + n for n in self.kept_starts], [second + n for n in self.scratch_starts]
 
     def fp32(self, *shape: int) -> torch.Tensor:
         return torch.empty(*shape, dtype=torch.float32, device=self.device)
@@ -538,14 +550,15 @@ class _BackwardPlan(_Plan):
 @on_device_of_first
 def rank_augmented_fwd(q, k, v, lepe, gate, height: int, width: int, eps: float):
     """y (B, T, H, D), and what the backward pass needs in one fp32 tensor, see `kept_sizes`."""
-    q, k, v = rows(q), rows(k), rows(v)
-    lepe, gate = (x if x is None else rows(x) for x in (lepe, gate))
     steps = plan(_ForwardPlan, (height, width, eps), q, k, v, lepe, gate)
+    if not steps.in_place:
+        q, k, v, lepe, gate = (x if x is None else rows(x) for x in (q, k, v, lepe, gate))
+        steps = plan(_ForwardPlan, (height, width, eps), q, k, v, lepe, gate)
     at_16 = aligned(q, k, v, lepe, gate)
     # What a kernel does not need is allocated behind its launch: the host is often what a pass waits for.
-    kept = steps.fp32(steps.kept_total)
-    kv, key, qbar, norm, table = kept.split_with_sizes(steps.kept_sizes)
-    parts_q, weight, parts_kv, parts_key, top = steps.scratch()
+    kept, scratch = steps.fp32(steps.kept_total), steps.fp32(steps.scratch_total)
+    parts = steps.split(kept, scratch, at_16 and steps.out.compiled is not None)
+    (kv, key, qbar, norm, table), (parts_q, weight, parts_kv, parts_key, top) = parts
     steps.queries(at_16, q, parts_q, table)
     if steps.parts == 1:
         steps.keys(at_16, k, v, parts_q, qbar, table, kv, key, norm, weight)
@@ -564,10 +577,11 @@ def rank_augmented_bwd(q, k, v, lepe, gate, kept, dy, height: int, width: int, e
     lepe, gate = (x if x is None else rows(x) for x in (lepe, gate))
     steps = plan(_BackwardPlan, (height, width, eps), q, k, v, lepe, gate, dy)
     at_16 = aligned(q, k, v, lepe, gate, dy, kept)
-    kv, key, qbar, norm, table = kept.split_with_sizes(steps.kept_sizes)
+    scratch = steps.fp32(steps.scratch_total)
+    parts = steps.split(kept, scratch, at_16 and steps.dq.compiled is not None)
+    (kv, key, qbar, norm, table), (dkv, dkey, parts_kv, parts_key, dqbar) = parts
     fresh = lambda: torch.empty(*q.shape, dtype=q.dtype, device=q.device)  # noqa: E731
     dr, dgate = dy if lepe is None and gate is None else fresh(), None if gate is None else fresh()
-    dkv, dkey, parts_kv, parts_key, dqbar = steps.scratch()
     parts_kv = dkv if steps.parts == 1 else parts_kv
     parts_key = dkey if steps.rows == 1 else parts_key
     steps.queries(at_16, q, lepe, gate, dy, None if dr is dy else dr, dgate, kv, key, table, parts_kv, parts_key)

@@ -29,6 +29,7 @@ from zoo.kernels._triton.selective_scan_kernels import (
     selective_scan_kernel_backward,
     selective_scan_kernel_forward,
 )
+from zoo.kernels._triton.sums import Sums
 
 BLOCK = 32  # channels per program
 STEPS = 8  # tokens of a sequence per tile: 16 bytes of contiguous ones in half precision
@@ -95,6 +96,7 @@ class _SequencePlan:
     """
 
     def __init__(self, delta_softplus: bool, reverse: bool, u, delta, A, B, C, D, bias, dy=None):
+        self.in_place = _contiguous(A, torch.float32) is A and _contiguous(D) is D and _contiguous(bias) is bias
         du, ddelta = (torch.empty_like(x, device='meta') for x in (u, delta))  # in a forward pass y lies like du
         tiles = (u, delta, du) if dy is None else (u, delta, dy, du, ddelta)
         (batch, width, length), groups, states = u.shape, B.shape[1], A.shape[1]
@@ -118,15 +120,18 @@ class _SequencePlan:
             return
         sizes = *sizes, batch, every, stretches, *inputs, *rest
         self.run = Launch(selective_scan_kernel_backward, grid, sizes, {'ONE': stretches == 1} | consts, 1)
-        self.scratch = [(blocks, *B.shape), (blocks, *C.shape), (batch, *A.shape), (batch, width), (batch, width),
-                        (batch, stretches, states, width), (batch, every, states, width)]  # fmt: skip
+        self.sums = Sums((blocks, B.numel()), (blocks, C.numel()), (batch, A.numel()))
+        self.gains = Sums((batch, width), (batch, width), wanted=(D is not None, bias is not None))
+        kept = [batch * count * states * width for count in (stretches, every)]
+        self.scratch = [*self.sums.sizes, *self.gains.sizes[:2], *kept]
 
 
 @on_device_of_first
 def selective_scan_fwd(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse):
     """Outputs (B, G D, T), laid out like u; arguments as `zoo.kernels.selective_scan.selective_scan`."""
-    A, D, delta_bias = _contiguous(A, torch.float32), _contiguous(D), _contiguous(delta_bias)
     steps = plan(_SequencePlan, (delta_softplus, reverse), u, delta, A, B, C, D, delta_bias)
+    if not steps.in_place:
+        A, D, delta_bias = _contiguous(A, torch.float32), _contiguous(D), _contiguous(delta_bias)
     y = torch.empty_like(u)
     steps.run(aligned(u, delta, A, B, C, D, delta_bias), u, delta, A, B, C, D, delta_bias, y)
     return y
@@ -139,14 +144,17 @@ def selective_scan_bwd(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse
     inputs = u, delta, rate, B, C, gains, bias, dy
     steps = plan(_SequencePlan, (delta_softplus, reverse), *inputs)
     du, ddelta = torch.empty_like(u), torch.empty_like(delta)
-    scratch = [torch.empty(*shape, dtype=torch.float32, device=u.device) for shape in steps.scratch]
-    steps.run(aligned(*inputs), *inputs, du, ddelta, *scratch)
-    dB, dC, dA, dD, dbias = scratch[:5]
-    return du, ddelta, _total(dA, A), _total(dB, B), _total(dC, C), _total(dD, D), _total(dbias, delta_bias)
+    scratch = _scratch(steps.scratch, u.device)
+    steps.run(aligned(*inputs, *scratch), *inputs, du, ddelta, *scratch)
+    dB, dC, dA, dD, dbias = (None if x is None else x.new_empty(*x.shape) for x in (B, C, A, D, delta_bias))
+    steps.sums(scratch[0], dB, dC, dA)
+    steps.gains(scratch[3], dD, dbias)
+    return du, ddelta, dA, dB, dC, dD, dbias
 
 
-def _total(parts: Tensor, like: Tensor | None) -> Tensor | None:
-    return None if like is None else parts.sum(0).to(like.dtype)
+def _scratch(sizes: list[int], device: torch.device) -> tuple[Tensor, ...]:
+    """fp32 numbers in one piece of memory, which `Sums` wants of those that it adds."""
+    return torch.empty(sum(sizes), dtype=torch.float32, device=device).split_with_sizes(sizes)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -154,10 +162,11 @@ def _total(parts: Tensor, like: Tensor | None) -> Tensor | None:
 
 
 class _MapPlan:
-    """The launch of one pass over maps, and the shapes of its scratch; arguments as of the passes, all contiguous."""
+    """The launch of one pass over maps, and the shapes of its scratch; arguments as of the passes."""
 
     def __init__(self, directions: int, x, p, dt_weight, dt_bias, A, D, dy=None):
         (batch, height, width, channels), rank, states = x.shape, dt_weight.shape[2], A.shape[1]
+        self.in_place = A.dtype == torch.float32 and all(t.is_contiguous() for t in (x, p, dt_weight, dt_bias, A, D))
         block, length = _block(channels), height * width
         blocks, tiles = ceil_div(channels, block), ceil_div(length, TILE)
         compute, precision = _products(x.dtype)
@@ -172,8 +181,9 @@ class _MapPlan:
             self.run = Launch(selective_scan_2d_kernel_forward, grid, sizes, consts, 1, 2, 128)
             return
         self.run = Launch(selective_scan_2d_kernel_backward, grid, (*sizes, batch, tiles), consts, 1)
-        self.scratch = [(blocks, *p.shape), (batch, *A.shape), (batch, channels), (batch, *dt_bias.shape),
-                        (batch, *dt_weight.shape), (batch, tiles, states, channels)]  # fmt: skip
+        self.sums = Sums((blocks, p.numel()), (batch, A.numel()), (batch, channels))
+        self.gains = Sums((batch, dt_bias.numel()), (batch, dt_weight.numel()))
+        self.scratch = [*self.sums.sizes, *self.gains.sizes[:2], batch * tiles * states * channels]
 
 
 @on_device_of_first
@@ -189,9 +199,11 @@ def selective_scan_2d_fwd(x, p, dt_weight, dt_bias, A, D, directions):
         D: skip gains (K D,).
         directions: K.
     """
-    x, p, w, bias, D = (_contiguous(t) for t in (x, p, dt_weight, dt_bias, D))
-    inputs = x, p, w, bias, _contiguous(A, torch.float32), D
+    inputs = x, p, dt_weight, dt_bias, A, D
     steps = plan(_MapPlan, (directions,), *inputs)
+    if not steps.in_place:
+        inputs = *(_contiguous(t) for t in inputs[:4]), _contiguous(A, torch.float32), _contiguous(D)
+        x = inputs[0]
     y = torch.empty_like(x)
     steps.run(aligned(*inputs), *inputs, y)
     return y
@@ -204,8 +216,10 @@ def selective_scan_2d_bwd(x, p, dt_weight, dt_bias, A, D, directions, dy):
     inputs = x, p, w, bias, _contiguous(A, torch.float32), gains, dy
     steps = plan(_MapPlan, (directions,), *inputs)
     dx = torch.empty_like(x)
-    scratch = [torch.empty(*shape, dtype=torch.float32, device=x.device) for shape in steps.scratch]
-    steps.run(aligned(*inputs), *inputs, dx, *scratch)
-    dp, dA, dD, dbias, dw, _ = scratch
-    dD = dD.sum(0).repeat(directions).to(D.dtype)
-    return dx, _total(dp, p), _total(dw, dt_weight), _total(dbias, dt_bias), _total(dA, A), dD
+    scratch = _scratch(steps.scratch, x.device)
+    steps.run(aligned(*inputs, *scratch), *inputs, dx, *scratch)
+    dp, dw, dbias, dA = (t.new_empty(*t.shape) for t in (p, dt_weight, dt_bias, A))
+    dD = D.new_empty(x.shape[-1])
+    steps.sums(scratch[0], dp, dA, dD)
+    steps.gains(scratch[3], dbias, dw)
+    return dx, dp, dw, dbias, dA, dD.repeat(directions)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from zoo.kernels._triton._common import (
     Launch,
+    Scratch,
     aligned,
     alignment,
     ceil_div,
@@ -20,6 +21,7 @@ from zoo.kernels._triton._common import (
     next_power,
     on_device_of_first,
     plan,
+    types,
 )
 from zoo.kernels._triton.gla import Table, _options, _rows, launched, nothing
 from zoo.kernels._triton.gla_states import gla_kernel_scan
@@ -105,10 +107,14 @@ class Plan:
         self.several = nseg > 1
         ct, prec = compute_types(x.dtype)
         vp = cfg.np * cfg.bp
-        self.state_dtype = torch.bfloat16 if ct.name == 'bf16' else torch.float32
-        self.state_shape = (kinds * H * n_chunks, vp, cfg.bn)
-        self.prefix_shape = (kinds * H * n_chunks, cfg.bn)
-        self.seg_shape = (kinds * H * n_segs, vp, cfg.bn)
+        states, segs, fp32 = kinds * H * n_chunks, kinds * H * n_segs, torch.float32
+        self.scratch = Scratch(
+            x.device,
+            ((states, vp, cfg.bn), torch.bfloat16 if ct.name == 'bf16' else fp32) if backward else None,
+            ((states, cfg.bn), fp32) if backward else None,
+            ((segs, vp, cfg.bn), fp32) if self.several else None,
+            ((segs, cfg.bn), fp32) if self.several else None,
+        )
         self.final_shape = (sequences, H, P, N)
         self.parts_shape = (2, H, n_chunks)
 
@@ -132,16 +138,11 @@ class Plan:
             self.run = launched(ssd_fwd_kernel_out, 11, (n_segs * H * cfg.np, 1, 1), sizes, consts, cfg.chunks)
         self.prepared = set()
 
-    def none(self, at_16: bool, x: torch.Tensor) -> torch.Tensor:
-        """What stands for absent fp32 tensors; once all is compiled only addresses count."""
-        return x if at_16 and self.run.compiled is not None else nothing(self.device)
-
-    def segments(self, none: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """States and totals of segments."""
-        if not self.several:
-            return none, none
-        shapes = self.seg_shape, (self.seg_shape[0], self.cfg.bn)
-        return tuple(torch.empty(*shape, dtype=torch.float32, device=self.device) for shape in shapes)
+    def memory(self, at_16: bool, x: torch.Tensor) -> tuple[object, list, torch.Tensor]:
+        """What to keep; states, prefixes, states and totals of segments; what stands for absent fp32 tensors."""
+        ready = at_16 and self.run.compiled is not None
+        none = x if ready else nothing(self.device)
+        return *self.scratch(ready, none), none
 
     def run_states(self, at_16: bool, inputs, scratch, init, dinit, final, segs, spans) -> None:
         """Fill the states, and `final` with the state (or in a backward pass its gradient) that leaves a sequence."""
@@ -158,7 +159,9 @@ class Plan:
 
 
 def _state(state: torch.Tensor | None) -> torch.Tensor | None:
-    return None if state is None else state.float().contiguous()
+    if state is None or (state.dtype == torch.float32 and state.is_contiguous()):
+        return state
+    return state.float().contiguous()
 
 
 def _cuts(size: int) -> list[slice]:
@@ -200,14 +203,13 @@ def ssd_fwd(x, dt, A, B, C, D, initial_state, output_final_state, cu_seqlens):
         x, B, C = _rows(x), _rows(B), _rows(C)
         steps = plan(Plan, (output_final_state,), x, dt, A, B, C, D, None, init, None, cu_seqlens)
     at_16 = aligned(x, dt, A, B, C, D, init)
-    none = steps.none(at_16, x)
-    seg_state, seg_total = steps.segments(none)
+    memory, scratch, none = steps.memory(at_16, x)
     _, segs, spans = (none, none, none) if steps.table is None else steps.table(cu_seqlens)
     y = torch.empty(*x.shape, dtype=x.dtype, device=steps.device)
     final = torch.empty(*steps.final_shape, dtype=torch.float32, device=steps.device) if output_final_state else None
     place, init = none if final is None else final, none if init is None else init
-    steps.run_states(at_16, (x, dt, A, B, C, x), (x, none, seg_state, seg_total), init, none, place, segs, spans)
-    steps.run(at_16, x, dt, A, B, C, A if D is None else D, y, seg_state, init, place, segs)
+    steps.run_states(at_16, (x, dt, A, B, C, x), (x, *scratch[1:]), init, none, place, segs, spans)
+    steps.run(at_16, x, dt, A, B, C, A if D is None else D, y, scratch[2], init, place, segs)
     return y, final
 
 
@@ -223,17 +225,13 @@ def ssd_bwd(x, dt, A, B, C, D, initial_state, dy, dfinal, cu_seqlens):
     new = lambda shape, dtype=torch.float32: torch.empty(*shape, dtype=dtype, device=steps.device)  # noqa: E731
     dx, ddt = new(x.shape, x.dtype), new(dt.shape, dt.dtype)
     dB, dC = (new((*x.shape[:3], t.shape[-1]), t.dtype) for t in (B, C))
-    none = steps.none(at_16, x)
-    states, prefix = new(steps.state_shape, steps.state_dtype), new(steps.prefix_shape)
-    seg_state, seg_total = steps.segments(none)
+    memory, scratch, none = steps.memory(at_16, x)
     chunks, segs, spans = (none, none, none) if steps.table is None else steps.table(cu_seqlens)
     parts, dinitial = new(steps.parts_shape), None if init is None else new(init.shape)
-    steps.run_states(at_16, (x, dt, A, B, C, dy), (states, prefix, seg_state, seg_total),
+    steps.run_states(at_16, (x, dt, A, B, C, dy), scratch,
                      none if init is None else init, none if dinit is None else dinit,
                      none if dinitial is None else dinitial, segs, spans)  # fmt: skip
-    steps.run(
-        at_16, x, dt, A, B, C, A if D is None else D, dy, dx, ddt, dB, dC, parts, states, prefix, seg_state, chunks
-    )
+    steps.run(at_16, x, dt, A, B, C, A if D is None else D, dy, dx, ddt, dB, dC, parts, *scratch[:3], chunks)
     dA = parts[0].sum(-1).to(A.dtype)
     dD = None if D is None else parts[1].sum(-1).to(D.dtype)
     return dx, ddt, dA, _sum_heads(dB, B), _sum_heads(dC, C), dD, dinitial
@@ -267,12 +265,12 @@ def _sum_heads(grad: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 class _StepPlan:
     """The launch of one token's step."""
 
-    def __init__(self, x, dt, A, B, C, D, state):
+    def __init__(self, _, gains, __, x, dt, B, C):
         (batch, H, P), N = x.shape, B.shape[-1]
         bn = next_power(N, 1)
         bp = min(next_power(P, 1), max(1, 2048 // bn))
         consts = {'H': H, 'P': P, 'N': N, 'BP': bp, 'BN': bn, 'NP': ceil_div(P, bp), 'RB': H // B.shape[1],
-                  'RC': H // C.shape[1], 'HAS_D': D is not None}  # fmt: skip
+                  'RC': H // C.shape[1], 'HAS_D': gains is not None}  # fmt: skip
         sizes = [s for t in (x, dt, B, C) for s in t.stride()[:2]]
         self.run = Launch(ssd_kernel_step, (batch * H * consts['NP'], 1, 1), sizes, consts)
 
@@ -280,8 +278,8 @@ class _StepPlan:
 @on_device_of_first
 def _step(x, dt, A, B, C, state, D, out):
     x, B, C = _rows(x), _rows(B), _rows(C)
-    steps = plan(_StepPlan, (), x, dt, A, B, C, D, state)
-    y = torch.empty(*x.shape, dtype=x.dtype, device=x.device)
+    steps = plan(_StepPlan, types(A, D, state), x, dt, B, C)
+    y = x.new_empty(*x.shape)
     steps.run(aligned(x, dt, A, B, C, D, state, out), x, dt, A, B, C, A if D is None else D, y, state, out)
     return y, out
 

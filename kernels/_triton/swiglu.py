@@ -18,7 +18,6 @@ from zoo.kernels._triton._common import (
     ceil_div,
     compute_types,
     interpreting,
-    launch,
     load_tile,
     next_power,
     on_device_of_first,
@@ -118,20 +117,30 @@ def swiglu_linear_kernel(
     store_tile(y, a * tl.sigmoid(a) * b, rows, cols, M, ok, M, BM * blocks)
 
 
+class _LinearPlan:
+    def __init__(self, x, weight):
+        M, C = weight.shape[0] // 2, x.shape[-1]
+        N = x.numel() // C
+        rows, SX = token_rows(x)
+        self.in_place, self.shape = rows is x, (*x.shape[:-1], M)
+        cfg = config(C)
+        ct, prec = compute_types(x.dtype)
+        if x.dtype == torch.float16 and not interpreting():
+            ct = tl.float16  # one factor is an activation, the other a weight: nothing that could overflow
+        consts = {'SX': SX, 'C': C, 'M': M, 'BN': cfg.bn, 'BM': cfg.bm, 'BK': cfg.bk, 'STAGES': cfg.stages, 'CT': ct,
+                  'PREC': prec}  # fmt: skip
+        grid = ceil_div(N, cfg.bn) * ceil_div(M, cfg.bm), 1, 1
+        self.run = Launch(swiglu_linear_kernel, grid, (N,), consts, cfg.warps, cfg.stages)
+
+
+@on_device_of_first
 def swiglu_linear(x: Tensor, weight: Tensor) -> Tensor:
     """silu(a) * b of [a | b] = x W^T: x (..., C), weight (2m, C) contiguous -> (..., m)."""
-    M, C = weight.shape[0] // 2, x.shape[-1]
-    y = torch.empty(*x.shape[:-1], M, dtype=x.dtype, device=x.device)
-    N = x.numel() // C
-    x, SX = token_rows(x)
-    cfg = config(C)
-    ct, prec = compute_types(x.dtype)
-    if x.dtype == torch.float16 and not interpreting():
-        ct = tl.float16  # one factor is an activation, the other a weight: nothing that could overflow
-    consts = {'SX': SX, 'C': C, 'M': M, 'BN': cfg.bn, 'BM': cfg.bm, 'BK': cfg.bk, 'STAGES': cfg.stages, 'CT': ct,
-              'PREC': prec}  # fmt: skip
-    launch(swiglu_linear_kernel, (ceil_div(N, cfg.bn) * ceil_div(M, cfg.bm), 1, 1), (x, weight, y), (N,), consts,
-           cfg.warps, cfg.stages)  # fmt: skip
+    steps = plan(_LinearPlan, (), x, weight)
+    y = x.new_empty(*steps.shape)
+    if not steps.in_place:
+        x = token_rows(x)[0]
+    steps.run(aligned(x, weight), x, weight, y)
     return y
 
 
