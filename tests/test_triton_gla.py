@@ -92,6 +92,7 @@ CASES = [  # B, T, H, K, V, gates, strength, directions, cu_seqlens, initial sta
     (1, 1030, 1, 16, 16, 'channel', 'mild', 3, None, False, 'float16'),
     (1, 196, 1, 32, 64, 'channel', 'mild', 3, None, False, 'bfloat16'),
     (1, 150, 1, 16, 80, 'channel', 'mixed', 3, None, False, 'bfloat16'),
+    (1, 150, 1, 16, 64, 'channel', 'mixed', 3, None, False, 'bfloat16'),
     (1, 700, 1, 16, 16, 'head', 'mild', 3, None, False, 'bfloat16'),
     (1, 700, 1, 16, 16, 'channel', 'mild', 3, (0, 0, 650, 700), False, 'bfloat16'),
     (2, 70, 2, 32, 64, 'channel', 'mild', 1, None, True, 'float16'),

@@ -41,8 +41,8 @@ class Config(NamedTuple):
 
     bt: tokens in a chunk; bk: K padded; bv: value block; nv: number of value blocks; sweep: whether one program runs
     over a whole segment (bidirectional forward) instead of one per chunk; states, chunks: options of the two kernels.
-    Backward only: group: chunks in one program; ahead: how many of them have their loads under way; sums: operands of
-    the sums behind the gates' gradient.
+    Backward only: loop: whether both directions are a loop; group: chunks in one program; ahead: how many of them have
+    their loads under way; sums: operands of the sums behind the gates' gradient.
     """
 
     bt: int
@@ -52,6 +52,7 @@ class Config(NamedTuple):
     sweep: bool
     states: dict
     chunks: dict
+    loop: bool = False
     group: int = 1
     ahead: int = 1
     sums: str = 'tf32'
@@ -72,6 +73,8 @@ def config(dtype: torch.dtype, K: int, V: int, backward: bool, bidirectional: bo
         return Config(64, bk, bv, nv, bidirectional and bk <= 64, _options(4, 3), _options(4, 3))
     if bk > 32 or nv > 1:
         return Config(32, bk, bv, nv, False, _options(4, 3), _options(4 if bk <= 32 else 8, 2))
+    if bidirectional:
+        return Config(32, bk, bv, nv, False, _options(4, 3, 112), _options(2, 2), loop=True)
     return Config(32, bk, bv, nv, False, _options(4, 3, 112), _options(4, 2), group=3, ahead=2)
 
 
@@ -199,9 +202,12 @@ class Plan:
             grid = (ceil_div(n_chunks, group) * H, 1, 1) if backward else grid
             parts = SAFE_PARTS if safe and self.sweep else 1  # the sweep's safe form cuts chunks into parts
             rows = cfg.bt // parts
-            consts |= {'SAFE': safe, 'GROUP': group, 'STAGES': 1 if safe else cfg.ahead, 'PARTS': parts, 'BT': rows,
+            consts |= {'SAFE': safe, 'GROUP': group, 'STAGES': 1 if safe else cfg.ahead, 'LOOP': cfg.loop and not safe,
+                       'PARTS': parts, 'BT': rows,
                        'LEVELS': rows.bit_length() - 1}  # fmt: skip
-            options = _options(SAFE_WARPS, 3) if safe and self.sweep else cfg.chunks
+            options = cfg.chunks
+            if safe and (self.sweep or cfg.loop):
+                options = _options(SAFE_WARPS, 3) if self.sweep else _options(4, 2)
             self.chunks.append(launched(kernel, tensors, grid, sizes, consts, options))
         self.prepared = set()
 
