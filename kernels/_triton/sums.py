@@ -54,7 +54,7 @@ class Sums:
         self.sizes = [rows * cols for rows, cols in shapes]
         self.total = sum(self.sizes)
         most = max(shapes, key=lambda shape: shape[0] * shape[1])[0]
-        br = min(64, next_power(most))  # as few programs as the largest matrix allows, as few steps for the others
+        br = min(128, next_power(most, 1))  # few steps, each of which waits for memory
         bc = _TILE // br
         blocks = [ceil_div(cols, bc) if want else 0 for (_, cols), want in zip(shapes, wanted)]
         sizes = *(n for shape in shapes for n in shape), *blocks[:2]
