@@ -347,7 +347,7 @@ print(peak / size, size)
 @pytest.mark.parametrize('dtype, memory', [('bfloat16', 'VmRSS'), ('float32', 'RssAnon')])
 def test_loading_holds_the_weights_once(tmp_path, dtype, memory):
     """With a change of dtype, the file's own pages do not count: they are the kernel's to drop."""
-    sizes = dict(hidden_size=1024, intermediate_size=8192, num_attention_heads=8, num_key_value_heads=4)
+    sizes = dict(hidden_size=1024, intermediate_size=12288, num_attention_heads=8, num_key_value_heads=4)
     made = config(
         embedding_config=dict(sizes, num_hidden_layers=2, llm_hidden_size=1024),
         llm_config=dict(sizes, num_hidden_layers=4),
