@@ -59,7 +59,7 @@ class Config(NamedTuple):
 
 
 def config(dtype: torch.dtype, K: int, V: int, backward: bool, bidirectional: bool) -> Config:
-    """The fixed table of block sizes, measured on an H200 (docs/results/gla-kernels-h200.json).
+    """The fixed table of block sizes, measured on an H100 and an H200 with tests/gpu/sweep_gla.py.
 
     Every row has a case in tests/gpu/check_gla.py: Triton 3.6 miscompiles some choices on Hopper, such as 64-row chunks
     in the backward pass or with 8 warps (wrong results, illegal accesses).

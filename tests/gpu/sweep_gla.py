@@ -13,20 +13,22 @@ from zoo.kernels._triton import _common, gla
 from zoo.tools._bench_gla import SHAPES
 from zoo.tools._timing import graph_ms
 
-# backward, chunk, (warps, stages[, register cap]) of the states, the same of the chunks; group, ahead, sums
+# backward, chunk, (warps, stages[, register cap]) of the states, the same of the chunks; group, ahead, sums, loop
 VARIANTS = [
     (False, 64, (4, 3), (4, 2)), (False, 64, (4, 3), (4, 3)), (False, 64, (4, 3), (4, 4)), (False, 32, (4, 3), (4, 3)),
     (False, 64, (4, 2), (4, 3)), (False, 64, (4, 3), (4, 3, 168)),
     (True, 32, (4, 3), (4, 2), 1, 1, 'tf32'), (True, 32, (4, 3, 112), (4, 2), 3, 2, 'tf32'),
     (True, 32, (4, 3, 96), (4, 2), 4, 2, 'tf32'), (True, 32, (4, 3, 112), (4, 2), 3, 2, 'bf16'),
     (True, 32, (4, 3), (8, 2), 1, 1, 'tf32'), (True, 16, (4, 4), (2, 2), 7, 2, 'bf16'),
+    (True, 32, (4, 3, 112), (2, 2), 1, 1, 'tf32', True), (True, 32, (4, 3, 112), (4, 2), 1, 1, 'tf32', True),
+    (True, 32, (4, 3, 112), (2, 2, 224), 1, 1, 'tf32', True), (True, 32, (4, 3, 112), (2, 2), 1, 1, 'tf32'),
 ]  # fmt: skip
 PLAIN = gla.config
 
 
 def use(variant):
     backward, bt, states, chunks, *loop = variant
-    loop = dict(zip(('group', 'ahead', 'sums'), loop))
+    loop = {'loop': False} | dict(zip(('group', 'ahead', 'sums', 'loop'), loop))
 
     def config(dtype, K, V, b, both):
         c = PLAIN(dtype, K, V, b, both)
